@@ -1,0 +1,157 @@
+"""The generated classes of patched modules.
+
+A patched module's class is a subclass (SurgicalAttention, X) of its own class X; only `__class__` changes, so parameters,
+names, state dict and isinstance stay. Its forward runs X's own forward on a *view*: an object of another subclass of X that
+shares the module's attributes (the very same __dict__), but sees a config that names our implementation, and taps in place
+of the projections that are cut. So the family's code runs as written and arrives at `surgery.core.Surgery.attend`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.core import Surgery
+from surgery.record import config_view
+from surgery.rewrite import GROUPS, Reconstruction
+from surgery.sites import SITES
+from surgery.taps import Tap, Tapped
+
+
+class Surgical:
+    """Mixin of every module whose class was swapped."""
+
+    _surgery_base: type[nn.Module]
+    _surgery_maker: Callable[[type[nn.Module]], type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The generated class has no importable name: copies and pickles rebuild it from its base.
+        return _rebuild, (type(self)._surgery_maker.__name__, self._surgery_base), self.__dict__
+
+
+class SurgicalAttention(Surgical):
+    """Mixin of patched attention classes; isinstance(module, SurgicalAttention) tells a patched attention."""
+
+    _surgery: Surgery
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        attach(self)
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        """The rewritten eager attention; `print(module.reconstruction.code)` shows it with its intervention points."""
+        return self._surgery.reconstruction
+
+
+class SurgicalOwner(Surgical):
+    """Mixin of a module that calls a tapped projection without being the attention (BERT-style output blocks)."""
+
+    _surgery: dict[str, Tap]
+
+
+def _rebuild(maker: str, base: type[nn.Module]) -> nn.Module:
+    cls = {"attention_class": attention_class, "owner_class": owner_class}[maker](base)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def attention_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The patched class of an attention class."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        surgery: Surgery = self._surgery
+        if surgery.module is not self:
+            attach(self)
+        if not torch.compiler.is_compiling():
+            surgery.session.ran(surgery.address)
+        surgery.enter(args, kwargs)
+        if surgery.is_idle:
+            return base.forward(self, *args, **kwargs)
+        output = type(surgery.view).forward(surgery.view, *args, **kwargs)
+        surgery.leave()
+        return output
+
+    def extra_repr(self: Any) -> str:
+        return ", ".join(part for part in (base.extra_repr(self), f"surgery at {summary(self._surgery)}") if part)
+
+    return _subclass(SurgicalAttention, base, attention_class, forward, extra_repr=extra_repr)
+
+
+@functools.cache
+def owner_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The patched class of a module that only calls a tapped projection."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        view = _share(_owner_view(base, tuple(sorted(self._surgery))), self)
+        return base.forward(view, *args, **kwargs)
+
+    return _subclass(SurgicalOwner, base, owner_class, forward)
+
+
+def _subclass(mixin: type, base: type[nn.Module], maker: Any, forward: Callable[..., Any], **members: Any) -> type[nn.Module]:
+    names = {"__module__": base.__module__, "_surgery_base": base, "_surgery_maker": staticmethod(maker), **members}
+    return type(f"Surgical{base.__name__}", (mixin, base), {**names, "forward": functools.wraps(base.forward)(forward)})
+
+
+def attach(module: Any) -> None:
+    """Makes the views of a module, once; they follow whatever happens to it, for they share its attributes."""
+    surgery: Surgery = module._surgery
+    base = module._surgery_base
+    surgery.attach(module, None, _share(_ungrouped_view(base), module))
+    members = tuple(surgery.family.members.items())
+    surgery.view = _share(_attention_view(base, tuple(sorted(surgery.taps)), members), module)
+
+
+def _share(cls: type, module: nn.Module) -> Any:
+    view = object.__new__(cls)
+    object.__setattr__(view, "__dict__", module.__dict__)
+    return view
+
+
+def _tap(name: str, taps: Callable[[Any], dict[str, Tap]]) -> property:
+    return property(lambda self: Tapped(self._modules[name], taps(self)[name]))
+
+
+@functools.cache
+def _attention_view(base: type, taps: tuple[str, ...], members: tuple[tuple[str, Any], ...]) -> type:
+    def config(self: Any) -> Any:
+        surgery, config = self._surgery, self.__dict__.get("config")
+        if config is None:
+            raise AttributeError("config")
+        if surgery.config is not config:
+            surgery.config, surgery.config_view = config, config_view(config)
+        return surgery.config_view
+
+    names = {name: _tap(name, lambda self: self._surgery.taps) for name in taps}
+    return type(base.__name__, (base,), {"__module__": base.__module__, "config": property(config), **dict(members), **names})
+
+
+@functools.cache
+def _owner_view(base: type, taps: tuple[str, ...]) -> type:
+    names = {name: _tap(name, lambda self: self._surgery) for name in taps}
+    return type(base.__name__, (base,), {"__module__": base.__module__, **names})
+
+
+@functools.cache
+def _ungrouped_view(base: type) -> type:
+    """The module as fused kernels see it when key and value already have one head per query head."""
+    return type(base.__name__, (base,), {"__module__": base.__module__, GROUPS: property(lambda self: 1)})
+
+
+def summary(surgery: Surgery) -> str:
+    """What a patched module does, in words: address, cuts, captures, kernel."""
+    parts = []
+    for site in SITES:
+        for operation in surgery.plan.of(site):
+            action = operation.edit.action
+            name = action if isinstance(action, str) else getattr(action, "__name__", repr(action))
+            everything = len(operation.heads) == surgery.heads
+            parts.append(f"{site} {name}, {'all heads' if everything else f'heads {list(operation.heads)}'}")
+        if site in surgery.plan.probes:
+            parts.append(f"capture {site}")
+    return f"{surgery.address}: {'; '.join(parts) or 'no cuts'}" + (" (eager kernel)" if surgery.plan.reconstruct else "")

@@ -1,0 +1,314 @@
+"""The state of a patched module and its attention core: which kernel computes what, and where the cuts act in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy import Anatomy, Attention
+from surgery.cache import check_cache, find_cache, offsets
+from surgery.errors import SurgeryError, describe
+from surgery.family import Family, find_family
+from surgery.interventions import Heads, Operation, Where
+from surgery.masks import Mask, is_additive, to_additive
+from surgery.rewrite import Reconstruction, Rewriter, read
+from surgery.sites import MATRIX_SITES, SITES
+from surgery.spec import Spec
+
+
+@dataclass
+class Probe:
+    """A request to see a site: `take(tensor)` gets (batch, head, .., ..) of the wanted heads; None for all.
+
+    At k and v, None gives one row per kv head, a choice of heads what each of these query heads reads.
+    """
+
+    site: str
+    heads: tuple[int, ...] | None
+    take: Callable[[Tensor], None]
+
+
+@dataclass
+class Plan:
+    """What one module does: operations and probes by site, in spec order. reconstruct: never use a fused kernel."""
+
+    operations: dict[str, list[Operation]] = field(default_factory=dict)
+    probes: dict[str, list[Probe]] = field(default_factory=dict)
+    reconstruct: bool = False
+
+    @property
+    def sites(self) -> set[str]:
+        return set(self.operations) | set(self.probes)
+
+    def of(self, site: str) -> list[Operation]:
+        return self.operations.get(site, [])
+
+    def heads_at(self, sites: Iterable[str], heads: int) -> tuple[int, ...]:
+        """The heads that any operation or probe at these sites concerns."""
+        chosen: set[int] = set()
+        for site in sites:
+            for operation in self.of(site):
+                chosen.update(operation.heads)
+            for probe in self.probes.get(site, ()):
+                chosen.update(range(heads) if probe.heads is None else probe.heads)
+        return tuple(sorted(chosen))
+
+
+@dataclass
+class Session:
+    """What the patched modules of one model share: spec, kernel, anatomy, and which of its cuts have run."""
+
+    spec: Spec = field(default_factory=Spec)
+    kernel: str = "auto"
+    anatomy: Anatomy | None = None
+    planned: frozenset[str] = frozenset()
+    runs: dict[str, int] = field(default_factory=dict)
+    report: Callable[[Sequence[str]], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "anatomy": None}
+
+    def ran(self, address: str) -> None:
+        """Counts a run of a module. When one runs a second time, modules that never ran were left out by a whole forward."""
+        runs = self.runs[address] = self.runs.get(address, 0) + 1
+        if runs == 2 and self.report is not None:
+            silent = sorted(self.planned - set(self.runs))
+            report, self.report = self.report, None
+            if silent:
+                report(silent)
+
+    @property
+    def never_ran(self) -> list[str]:
+        """Addresses with cuts or captures that never ran although others did."""
+        return sorted(self.planned - set(self.runs)) if self.runs else []
+
+
+class Surgery:
+    """The state of one patched module. It lives in the module's __dict__ as "_surgery" and is copied and pickled with it."""
+
+    def __init__(self, attention: Attention, session: Session) -> None:
+        self.session = session
+        self.address, self.path, self.is_cross = attention.address, attention.path, attention.kind == "cross"
+        self.heads, self.kv_heads, self.core_groups = attention.heads, attention.kv_heads, attention.core_groups
+        self.sample = {name: attention.recording.shapes[name] for name in "qkv"}, _plain(attention.recording.core["kwargs"])
+        self.taps: dict[str, Any] = {}
+        self.set_plan(Plan())
+
+    def set_plan(self, plan: Plan, taps: Mapping[str, Any] | None = None) -> None:
+        """Gives the module its cuts. taps: by attribute name of the projections that the module itself calls."""
+        self.plan = plan
+        self.taps = dict(taps or {})
+        self.is_idle = not plan.sites and not plan.reconstruct
+        self.matrix_heads = plan.heads_at(MATRIX_SITES, self.heads)
+        self.result_heads = plan.heads_at(("result",), self.heads)
+        self.edits_kv = bool(plan.of("rot_k") or plan.of("v"))
+        self.needs_position = any(o.needs_position for site in plan.operations.values() for o in site)
+        own = {site for tap in self.taps.values() for site in tap.sites}
+        self.expected = {site for site in plan.sites if SITES[site].where == "core" or site in own}
+        self.detach()
+
+    def detach(self) -> None:
+        """Forgets the live module and what is derived from it; the next forward makes it again."""
+        self.module: Any = None
+        self.view: Any = None
+        self.ungrouped: Any = None
+        self.family: Family = None  # type: ignore[assignment]
+        self.rewriter: Rewriter = None  # type: ignore[assignment]
+        self.config: Any = None
+        self.config_view: Any = None
+        self.where = Where()
+        self.reached: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view")
+        return {**self.__dict__, **dict.fromkeys(names), "where": Where(), "reached": set()}
+
+    def attach(self, module: nn.Module, view: Any, ungrouped: Any) -> None:
+        """Takes the live module and its two views: the one its forward runs on, and one without head groups."""
+        family = find_family(module)
+        assert family is not None
+        self.module, self.view, self.ungrouped, self.family = module, view, ungrouped, family
+        self.rewriter = Rewriter(family.eager, module)
+        for masked in (False, True):
+            # Made now, so that torch.compile never meets the tracer.
+            arguments = sample_arguments(self.rewriter, *self.sample, masked=masked)
+            for groups in {1, self.core_groups}:
+                self.rewriter.graph(arguments, groups)
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation that the unpatched module would run now."""
+        config = self.module.__dict__.get("config")
+        return getattr(config, "_attn_implementation", None) or "eager"
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        """The rewritten eager attention of this module, for a call with a mask."""
+        return self.rewriter.graph(sample_arguments(self.rewriter, *self.sample, masked=True), self.core_groups)
+
+    # -- one forward ----------------------------------------------------------------------------------------------------
+
+    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Before the family's forward: checks the KV cache, and reads from it where in the sequence this call is."""
+        if (cache := find_cache(args, kwargs)) is not None:
+            check_cache(cache, self.session.spec.fingerprint(), self.module, self.path)
+        if not self.is_idle:
+            self.reached = set()
+            self.where = Where()
+            if cache is not None and self.needs_position:
+                self.where = Where(*offsets(cache, self.module, self.is_cross), is_cached=True)
+
+    def leave(self) -> None:
+        """After the family's forward: every planned point must have been reached."""
+        if missing := self.expected - self.reached:
+            raise SurgeryError(
+                describe(
+                    f"{self.path!r}",
+                    f"a forward that never came to {', '.join(sorted(missing))}",
+                    "every cut and capture executed",
+                    "The module's code took a branch around its attention function; cut another site, or report it.",
+                )
+            )
+
+    # -- the core -------------------------------------------------------------------------------------------------------
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Attention with the plan's cuts; see `surgery.interface.attend` for shapes.
+
+        In the module's own kernel, unless the attention matrix of some heads is needed: then these heads alone are
+        computed by the reconstruction, all of them where the module computes its matrix anyway.
+        """
+        if self.is_cross and self.needs_position:
+            self.where = self.where.after_self_attention(query.shape[2])
+        implementation = self.implementation
+        if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
+            return self._all_heads(implementation, query, key, value, attention_mask, kwargs, self.core_groups)
+        query = self.at("rot_q", query)
+        module, groups = self.module, self.core_groups
+        if self.edits_kv and groups > 1:
+            # Heads of a group no longer read the same keys and values.
+            module, groups = self.ungrouped, 1
+            key, value = (torch.repeat_interleave(t, self.core_groups, 1) for t in (key, value))
+        key, value = self.at("rot_k", key), self.at("v", value)
+        output, weights = self.family.kernel(implementation)(module, query, key, value, attention_mask, **kwargs)
+        if self.matrix_heads:
+            z = self._some_heads(implementation, query, key, value, attention_mask, kwargs, groups)
+            if z is None:
+                late = frozenset((*MATRIX_SITES, "z"))
+                return self._all_heads(implementation, query, key, value, attention_mask, kwargs, groups, late)
+            output = Heads(self.matrix_heads).put(output, z.to(output.dtype), 2)
+        return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
+
+    def at(self, site: str, tensor: Tensor, held: Sequence[int] | None = None, only: frozenset[str] | None = None) -> Tensor:
+        """An intervention point: applies the site's operations in spec order and shows the result to its probes.
+
+        held: the heads on axis 1 of the tensor; None for all (at rot_k and v possibly one per kv head).
+        """
+        if site not in self.plan.sites or (only is not None and site not in only):
+            return tensor
+        self.reached.add(site)
+        for operation in self.plan.of(site):
+            tensor = operation.apply(tensor, self.where, held)
+        for probe in self.plan.probes.get(site, ()):
+            probe.take(self._seen(site, tensor, probe.heads, held))
+        return tensor
+
+    def _seen(self, site: str, tensor: Tensor, heads: tuple[int, ...] | None, held: Sequence[int] | None) -> Tensor:
+        """What a probe gets: its heads, whether or not the kv heads are repeated by now."""
+        groups = self.heads // tensor.shape[1] if held is None else 1
+        if heads is None:
+            if site in ("k", "v"):
+                return tensor[:, :: tensor.shape[1] // self.kv_heads]
+            return tensor.repeat_interleave(groups, 1) if groups > 1 else tensor
+        rows = [head // groups if held is None else list(held).index(head) for head in heads]
+        return tensor[:, rows]
+
+    def _mask(self, implementation: str, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> Mask:
+        if not self.family.is_eager(implementation):
+            found = to_additive(implementation, mask, query, key, self.module, kwargs)
+        elif self.matrix_heads and is_additive(mask):
+            found = to_additive("eager", mask, query, key, self.module, kwargs)
+        else:
+            found = Mask(mask, None)
+        if self.family.allowed is not None and self.matrix_heads:
+            return Mask(found.additive, self.family.allowed(self.module, query, key, mask, kwargs), found.empty_rows)
+        return found
+
+    def _all_heads(
+        self,
+        implementation: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        kwargs: Mapping[str, Any],
+        groups: int,
+        only: frozenset[str] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Every head by the reconstruction. only: the points that still act, where the earlier ones already have."""
+        mask = self._mask(implementation, query, key, attention_mask, kwargs)
+        self.where.allowed = mask.allowed
+        arguments = self.rewriter.bind(query, key, value, mask.additive, kwargs)
+        graph = self.rewriter.graph(arguments, groups)
+        return graph(functools.partial(self.at, only=only), self.module, arguments)
+
+    def _some_heads(
+        self,
+        implementation: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        kwargs: Mapping[str, Any],
+        groups: int,
+    ) -> Tensor | None:
+        """z (batch, query, head, d_head) of the heads whose matrix is needed, by the reconstruction on these alone.
+
+        None if something that the family's function reads has no clear head axis; then all heads must be computed.
+        """
+        mask = self._mask(implementation, query, key, attention_mask, kwargs)
+        heads, rows = Heads(self.matrix_heads), [head // groups for head in self.matrix_heads]
+        self.where.allowed = mask.allowed
+        arguments = self.rewriter.bind(
+            heads.take(query),
+            key[:, rows] if groups > 1 else heads.take(key),
+            value[:, rows] if groups > 1 else heads.take(value),
+            self._of_heads(mask.additive, heads),
+            {name: self._of_heads(argument, heads) for name, argument in kwargs.items()},
+        )
+        graph = self.rewriter.graph(arguments, 1)
+        for name in graph.inputs:
+            tensor = None if name in arguments or name == "at" else read(self.module, name)
+            if isinstance(tensor, Tensor) and tensor.dim():
+                if list(tensor.shape).count(self.heads) != 1:
+                    return None
+                arguments[name] = heads.take(tensor, list(tensor.shape).index(self.heads))
+        at = functools.partial(self.at, held=self.matrix_heads, only=frozenset(MATRIX_SITES))
+        z = graph(at, self.module, arguments)[0]
+        return z if mask.empty_rows is None else z.masked_fill(mask.empty_rows[:, :, None, None], 0.0)
+
+    def _of_heads(self, argument: Any, heads: Heads) -> Any:
+        is_by_head = isinstance(argument, Tensor) and argument.dim() == 4 and argument.shape[1] == self.heads > 1
+        return heads.take(argument) if is_by_head else argument
+
+
+def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: v.as_subclass(Tensor).detach() if isinstance(v, Tensor) else v for n, v in kwargs.items()}
+
+
+def sample_arguments(
+    rewriter: Rewriter, shapes: Mapping[str, tuple[int, ...]], kwargs: Mapping[str, Any], masked: bool
+) -> dict[str, Any]:
+    """Random arguments of the recorded shapes for a family's eager function, with an additive mask or with None."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(shapes[name], generator=generator) for name in "qkv")
+    mask = None
+    if masked:
+        mask = torch.zeros(query.shape[0], 1, query.shape[2], key.shape[2])
+        mask[..., -1:] = torch.finfo(mask.dtype).min
+    return rewriter.bind(query, key, value, mask, kwargs)

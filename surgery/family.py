@@ -1,0 +1,175 @@
+"""How a class computes attention: behind transformers' interface, by a file in `patches/`, or in a way we do not know.
+
+Nothing here names an architecture. A class belongs to the interface if its code calls `get_interface(name, eager function)`;
+that eager function is its specification. Classes that compute inline are described by patches, which register themselves.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+
+IMPLEMENTATION = "attention_surgery"
+"""The name under which a patched module sees its own attention implementation. No model's config ever holds it."""
+
+ENTRY_POINTS = "surgery.patches"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way of computing attention.
+
+    eager(module, query, key, value, attention_mask, **kwargs) -> (output (batch, query, head, d_head), weights): the
+      specification, traceable by torch.fx.
+    members: what a patched module's view has in place of the class's own attributes (an inline class's forward).
+    kernels: implementations of an inline class by name, called like `eager`; None: those of transformers' interface.
+    allowed(module, query, key, attention_mask, kwargs): which keys a query may attend to, boolean (batch | 1, head | 1,
+      query, key) or None for all; only where the mask argument alone does not say it.
+    example(module): extra arguments of the class's forward for recording it, by name.
+    """
+
+    eager: Callable[..., Any]
+    members: Mapping[str, Any] = field(default_factory=dict)
+    kernels: Mapping[str, Callable[..., Any]] | None = None
+    interface: Any = None
+    allowed: Callable[..., Tensor | None] | None = None
+    example: Callable[[nn.Module], dict[str, Any]] | None = None
+
+    def kernel(self, implementation: str) -> Callable[..., Any]:
+        """The function that the unpatched module calls under an implementation."""
+        if implementation in ("eager", None):
+            return self.eager
+        if self.kernels is not None:
+            return self.kernels.get(implementation, self.eager)
+        return self.interface.get_interface(implementation, self.eager)
+
+    def is_eager(self, implementation: str) -> bool:
+        """Whether the unpatched module computes its attention matrix under an implementation."""
+        return self.kernel(implementation) is self.eager
+
+
+_PATCHES: dict[str, Callable[[nn.Module, Family | None], Family]] = {}
+
+
+def register_patch(*classes: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
+    """Registers `describe(module, family) -> Family` for classes given as "package.module.Class".
+
+    `family` is what the engine found by itself, or None. Third parties register through the entry point group
+    "surgery.patches". Raises ValueError if a class is registered twice.
+    """
+
+    def decorate(describe: Callable[..., Family]) -> Callable[..., Family]:
+        for name in classes:
+            if name in _PATCHES and _PATCHES[name] is not describe:
+                raise ValueError(f"register_patch: {name} is already described by {_PATCHES[name].__module__}")
+            _PATCHES[name] = describe
+        return describe
+
+    return decorate
+
+
+@functools.cache
+def load_patches() -> tuple[str, ...]:
+    """Imports every module of the entry point group, and `patches` of a checkout that is not installed."""
+    names = dict.fromkeys(point.value for point in entry_points(group=ENTRY_POINTS))
+    names.setdefault("patches")
+    for name in names:
+        importlib.import_module(name)
+    return tuple(names)
+
+
+def find_family(module: nn.Module) -> Family | None:
+    """The family of a module, or None if it is not an attention that we can reconstruct."""
+    load_patches()
+    found = _interface_family(type(module))
+    for cls in type(module).__mro__:
+        describe = _PATCHES.get(f"{cls.__module__}.{cls.__qualname__}")
+        if describe is not None:
+            return describe(module, found)
+    return found
+
+
+@functools.cache
+def _interface_family(cls: type) -> Family | None:
+    for function in _functions(cls):
+        instructions = list(dis.get_instructions(function))
+        for start, instruction in enumerate(instructions):
+            if instruction.argval != "get_interface":
+                continue
+            names = function.__globals__
+            interface = next((i.argval for i in reversed(instructions[:start]) if _is_global(i)), None)
+            eager = next((i.argval for i in instructions[start + 1 :] if _is_global(i)), None)
+            if eager in names and interface in names:
+                return Family(names[eager], interface=names[interface])
+    return None
+
+
+def _is_global(instruction: dis.Instruction) -> bool:
+    return instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+
+
+def _functions(cls: type) -> Iterator[types.FunctionType]:
+    """The functions that a class defines or inherits, up to torch's own, decorators taken off."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.") or base is object:
+            continue
+        for member in vars(base).values():
+            member = getattr(member, "__func__", member)
+            if callable(member) and isinstance(function := inspect.unwrap(member), types.FunctionType):
+                yield function
+
+
+_SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
+_PRODUCT = {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+
+
+def computes_attention(module: nn.Module) -> bool:
+    """Whether a module's own code holds a softmax over a product and the module owns at least two projections.
+
+    Static and deliberately broad: it decides what `patch_model` must not skip in silence.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    softmax, product = _uses(type(module))
+    softmax = softmax or any(isinstance(child, nn.Softmax) for child in module.children())
+    return softmax and product and sum(is_projection(child) for child in module.children()) >= 2
+
+
+@functools.cache
+def _uses(cls: type) -> tuple[bool, bool]:
+    softmax = product = False
+    for function in _functions(cls):
+        names = set(function.__code__.co_names)
+        softmax = softmax or bool(names & _SOFTMAX)
+        product = product or bool(names & _PRODUCT) or any(i.argrepr in ("@", "@=") for i in dis.get_instructions(function))
+    return softmax, product
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is a linear map of its last axis: torch's, transformers' Conv1D, quantised or with an adapter."""
+    return projection_width(module) is not None
+
+
+def projection_width(module: nn.Module) -> int | None:
+    """The number of output channels of a linear map, or None if the module is not one."""
+    width = getattr(module, "out_features", None)
+    if not isinstance(width, int):
+        width = getattr(module, "nf", None)
+    return width if isinstance(width, int) else None
+
+
+def input_width(module: nn.Module) -> int | None:
+    """The number of input channels of a linear map, or None if it does not say."""
+    width = getattr(module, "in_features", None)
+    if isinstance(width, int):
+        return width
+    return getattr(module, "nx", None)

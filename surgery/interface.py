@@ -1,0 +1,22 @@
+"""The one function that a patched module's forward calls in place of a kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from surgery.family import IMPLEMENTATION
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """Attention with the module's cuts. Inline classes described in `patches/` call it from their rewritten forward.
+
+    query: (batch, head, query, d_head), key and value: (batch, kv_head, key, d_head), attention_mask and kwargs as the
+    module's own implementation takes them. Returns output (batch, query, head, d_head) and attention weights or None.
+    """
+    return module._surgery.attend(query, key, value, attention_mask, **kwargs)  # type: ignore[union-attr]
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)

@@ -1,0 +1,382 @@
+"""What one edit does to one tensor: the arithmetic of replacing, transforming, strength, positions and gradients.
+
+Everything here is a function of (edit, tensor, where in the sequence); it knows neither models nor kernels. Tensors are
+(batch, head, position, d), with d = key positions at scores and pattern.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import CacheError, SpecError, describe
+from surgery.reference import Entry
+from surgery.sites import SITES
+from surgery.spec import TEMPLATES, TRANSFORMING, Edit
+
+
+@dataclass
+class Where:
+    """Where in the sequence a call is. Offsets: absolute position of the first query and of the first key.
+
+    allowed: boolean (batch | 1, head | 1, query, key), which keys a query may attend to; None for all, or not known.
+    """
+
+    query_offset: Any = 0
+    key_offset: Any = 0
+    allowed: Tensor | None = None
+    is_cached: bool = False
+
+    def after_self_attention(self, n_queries: int) -> Where:
+        """For cross-attention: the cache's count already holds this call's queries, as self-attention came first."""
+        offset = self.query_offset - n_queries if self.is_cached else 0
+        return Where(offset, self.key_offset, self.allowed, self.is_cached)
+
+    def offset(self, site: str) -> Any:
+        return self.key_offset if SITES[site].over_keys else self.query_offset
+
+
+class Heads:
+    """A choice of heads along axis 1, taken and put back without index tensors where the heads are neighbours."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = tuple(numbers)
+        first, last = (self.numbers[0], self.numbers[-1] + 1) if self.numbers else (0, 0)
+        self.range = (first, last) if self.numbers == tuple(range(first, last)) else None
+        self._index = None if self.range else torch.tensor(self.numbers)
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        if self.range is not None:
+            first, last = self.range
+            return x if (first, last) == (0, x.shape[dim]) else x.narrow(dim, first, last - first)
+        assert self._index is not None
+        return x.index_select(dim, self._index.to(x.device))
+
+    def put(self, x: Tensor, new: Tensor, dim: int = 1) -> Tensor:
+        if self.range is not None:
+            first, last = self.range
+            return new if (first, last) == (0, x.shape[dim]) else torch.slice_scatter(x, new, dim, first, last)
+        assert self._index is not None
+        return x.index_copy(dim, self._index.to(x.device), new)
+
+
+@dataclass
+class Operation:
+    """One edit at one attention. number: of the cut in the spec; heads: along the site's own head axis.
+
+    address and noise_heads go into the noise: kv head numbers where a whole group is changed alike.
+    """
+
+    number: int
+    edit: Edit
+    site: str
+    address: str
+    heads: tuple[int, ...]
+    noise_heads: tuple[int, ...]
+    entry: Entry | None = None
+    axis: Heads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.axis = Heads(self.heads)
+
+    @property
+    def needs_position(self) -> bool:
+        """Whether the result depends on the absolute position, so that the length of the cache must be known."""
+        edit = self.edit
+        by_position = self.entry is not None and self.entry.value.dim() > 2
+        by_position = by_position or (isinstance(edit.value, Tensor) and edit.value.dim() > 2)
+        by_action = edit.action in ("noise", "previous", "diagonal") or self.is_current_mean
+        return edit.positions is not None or by_action or by_position
+
+    @property
+    def is_current_mean(self) -> bool:
+        """Whether it replaces by the mean of the very activations at hand."""
+        return self.edit.action == "mean" and self.entry is None
+
+    def apply(self, x: Tensor, where: Where, held: Sequence[int] | None = None) -> Tensor:
+        """The edited tensor. held: the head numbers that axis 1 of x holds, None for all of them."""
+        axis = self.axis
+        if held is not None:
+            numbers = [i for i, head in enumerate(held) if head in self.heads]
+            if not numbers:
+                return x
+            axis = Heads(numbers)
+        original = axis.take(x)
+        edited = self._edit(original, where)
+        return axis.put(x, edited)
+
+    def _edit(self, original: Tensor, where: Where) -> Tensor:
+        edit = self.edit
+        transforms = edit.action in TRANSFORMING or callable(edit.action)
+        value = self._value(original, where)
+        if edit.action == "identity":
+            return _with_gradient(original, original, 1.0 if edit.backward == "ste" else 1.0 - edit.strength)
+        if not transforms or edit.backward != "natural":
+            value = value.detach()
+        if edit.strength != 1.0:
+            value = (1.0 - edit.strength) * original + edit.strength * value
+        keep = self._where(original, where)
+        if keep is not None:
+            value = torch.where(keep, value, original)
+        if edit.backward == "ste":
+            value = _with_gradient(original, value, 1.0)
+        return value
+
+    def _where(self, original: Tensor, where: Where) -> Tensor | None:
+        """Which entries change: the edit's positions, and at scores and pattern what the mask allows."""
+        keep = None
+        if self.edit.positions is not None:
+            positions = _positions(original, where.offset(self.site))
+            chosen = torch.tensor(self.edit.positions, device=original.device)
+            keep = (positions[:, None] == chosen[None, :]).any(dim=1)[:, None]
+        if SITES[self.site].is_matrix and not callable(self.edit.action) and where.allowed is not None:
+            allowed = where.allowed if where.allowed.shape[1] == 1 else Heads(self.heads).take(where.allowed)
+            if self.edit.action in TEMPLATES:
+                allowed = allowed.any(dim=-1, keepdim=True)  # a row without any allowed key stays as the kernel left it
+            keep = allowed if keep is None else keep & allowed
+        return keep
+
+    def _value(self, original: Tensor, where: Where) -> Tensor:
+        action = self.edit.action
+        if callable(action):
+            return self._call(original)
+        return getattr(self, f"_by_{action}")(original, where)
+
+    def _by_zero(self, original: Tensor, where: Where) -> Tensor:
+        return torch.zeros_like(original)
+
+    def _by_identity(self, original: Tensor, where: Where) -> Tensor:
+        return original
+
+    def _given(self, original: Tensor, where: Where) -> Tensor:
+        value = self.edit.value
+        if not isinstance(value, Tensor):
+            return torch.full_like(original, value)
+        return self._broadcast(value, original, where)
+
+    def _by_value(self, original: Tensor, where: Where) -> Tensor:
+        return self._given(original, where).expand_as(original)
+
+    def _by_scale(self, original: Tensor, where: Where) -> Tensor:
+        return original * self._given(original, where)
+
+    def _by_add(self, original: Tensor, where: Where) -> Tensor:
+        return original + self._given(original, where)
+
+    def _by_mean(self, original: Tensor, where: Where) -> Tensor:
+        if self.entry is not None:
+            return self._broadcast(self._rows(self.entry.value), original, where).expand_as(original)
+        self._refuse_decoding(where)
+        allowed = where.allowed if SITES[self.site].is_matrix else None
+        if allowed is None:
+            return original.mean(dim=(0, 2), keepdim=True).expand_as(original)
+        allowed = allowed.expand_as(original)
+        total = torch.where(allowed, original, 0).sum(dim=(0, 2), keepdim=True)
+        return (total / allowed.sum(dim=(0, 2), keepdim=True).clamp(min=1)).expand_as(original)
+
+    def _by_noise(self, original: Tensor, where: Where) -> Tensor:
+        batch, heads, length, width = original.shape
+        positions = _positions(original, where.offset(self.site))
+        columns = torch.arange(width, device=original.device)
+        if SITES[self.site].is_matrix:
+            columns = columns + where.key_offset
+        stream = int.from_bytes(hashlib.sha256(f"{self.edit.seed}/{self.address}/{self.site}".encode()).digest()[:7], "big")
+        numbers = [stream + (1 << 40) * head for head in self.noise_heads]
+        noise = torch.stack([gaussian(number, positions, columns) for number in numbers]).to(original.dtype)[None]
+        noise = noise if noise.shape[1] == heads else noise[:, :heads]
+        mean, spread = self._moments(original, where)
+        return (mean + spread * noise).expand_as(original)
+
+    def _moments(self, original: Tensor, where: Where) -> tuple[Any, Any]:
+        """Mean and spread of the noise: given, of the reference, or of each vector that it replaces."""
+        if self.edit.value is not None:
+            return self.edit.value
+        if self.entry is not None:
+            assert self.entry.spread is not None
+            return tuple(
+                self._broadcast(self._rows(t), original, where) for t in (self.entry.value, self.entry.spread)
+            )  # type: ignore[return-value]
+        if SITES[self.site].is_matrix and where.allowed is not None:
+            # Masked entries hold the dtype's minimum and would drown the others.
+            allowed = where.allowed.expand_as(original)
+            count = allowed.sum(dim=-1, keepdim=True).clamp(min=1)
+            mean = torch.where(allowed, original, 0).sum(dim=-1, keepdim=True) / count
+            square = torch.where(allowed, (original - mean) ** 2, 0).sum(dim=-1, keepdim=True) / count
+            return mean, square.sqrt()
+        return original.mean(dim=-1, keepdim=True), original.std(dim=-1, keepdim=True, correction=0)
+
+    def _by_activation(self, original: Tensor, where: Where) -> Tensor:
+        assert self.entry is not None
+        value = self._rows(self.entry.value, dim=1)
+        if value.shape[0] not in (1, original.shape[0]) or value.shape[-1] != original.shape[-1]:
+            raise SpecError(
+                describe(
+                    f"cut {self.number} at {self.address} {self.site}",
+                    f"captured activations {tuple(value.shape)} for a batch of {original.shape[0]} and width {original.shape[-1]}",
+                    "the same batch (or one row) and the same width",
+                    "Capture from a run with inputs of the same shape.",
+                )
+            )
+        return self._broadcast(value, original, where).expand_as(original)
+
+    def _by_resample(self, original: Tensor, where: Where) -> Tensor:
+        batch = original.shape[0]
+        if batch < 2:
+            raise SpecError(
+                describe(
+                    f"cut {self.number} at {self.address} {self.site}",
+                    "a batch of 1 row",
+                    "at least 2 rows to resample from",
+                    "Run a larger batch, or cut to a captured run or a mean.",
+                )
+            )
+        # A rotation of the batch: the same at every decoding step, and no row stays where it is.
+        return original.roll(1 + self.edit.seed % (batch - 1), dims=0)
+
+    def _by_uniform(self, original: Tensor, where: Where) -> Tensor:
+        if where.allowed is None:
+            return torch.full_like(original, 1.0 / original.shape[-1])
+        share = where.allowed.to(original.dtype)
+        return (share / share.sum(dim=-1, keepdim=True).clamp(min=1)).expand_as(original)
+
+    def _by_diagonal(self, original: Tensor, where: Where) -> Tensor:
+        return self._one_hot(original, where, 0)
+
+    def _by_previous(self, original: Tensor, where: Where) -> Tensor:
+        return self._one_hot(original, where, 1)
+
+    def _by_first(self, original: Tensor, where: Where) -> Tensor:
+        if where.allowed is None:
+            target = torch.zeros(original.shape[2], dtype=torch.long, device=original.device)
+            return _rows_one_hot(target[None, None], original).expand_as(original)
+        return _rows_one_hot(where.allowed.int().argmax(dim=-1), original).expand_as(original)
+
+    def _one_hot(self, original: Tensor, where: Where, back: int) -> Tensor:
+        """All attention `back` positions back, or on the query's own position where that one may not be attended to."""
+        queries = _positions(original, where.query_offset) - where.key_offset
+        own = queries.clamp(0, original.shape[-1] - 1)
+        target = (queries - back).clamp(0, original.shape[-1] - 1)
+        pattern = _rows_one_hot(target[None, None], original)
+        if where.allowed is not None:
+            may = (pattern.bool() & where.allowed).any(dim=-1, keepdim=True)
+            pattern = torch.where(may, pattern, _rows_one_hot(own[None, None], original))
+        return pattern.expand_as(original)
+
+    def _call(self, original: Tensor) -> Tensor:
+        new = self.edit.action(original)
+        name = getattr(self.edit.action, "__name__", repr(self.edit.action))
+
+        def is_like(tensor: Any) -> str:
+            if not isinstance(tensor, Tensor):
+                return f"a {type(tensor).__name__}"
+            return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
+
+        if is_like(new) != is_like(original):
+            raise SpecError(
+                describe(
+                    f"cut {self.number}: callable {name} at {self.address} {self.site}",
+                    is_like(new),
+                    is_like(original),
+                    "Return a tensor like the one it is given.",
+                )
+            )
+        return new
+
+    def _rows(self, value: Tensor, dim: int = 0) -> Tensor:
+        """The rows of a reference that belong to this operation's heads."""
+        held = self.entry.heads if self.entry is not None and self.entry.heads is not None else range(value.shape[dim])
+        rows = {head: i for i, head in enumerate(held)}
+        return Heads([rows[head] for head in self.heads]).take(value, dim)
+
+    def _broadcast(self, value: Tensor, original: Tensor, where: Where) -> Tensor:
+        """A value of 0 to 4 axes, aligned with (batch, head, position, d) and cut to the positions of this call.
+
+        (d,), (head, d) [(query, key) at scores and pattern], (head, position, d), (batch, head, position, d).
+        """
+        value = value.to(device=original.device, dtype=original.dtype)
+        if value.dim() == 2 and not SITES[self.site].is_matrix:
+            value = value[:, None, :]
+        if value.dim() < 3 or value.shape[-2] == 1:
+            return value
+        available = value.shape[-2]
+        positions = _positions(original, where.offset(self.site))
+        used = positions if self.edit.positions is None else positions[torch.isin(positions, torch.tensor(self.edit.positions))]
+        if not torch.compiler.is_compiling() and used.numel() and int(used.max()) >= available:
+            raise SpecError(
+                describe(
+                    f"cut {self.number} at {self.address} {self.site}",
+                    f"values for {available} positions, used at position {int(used.max())}",
+                    "a value for every position that is cut",
+                    f"Restrict the cut, for example positions=range({available}).",
+                )
+            )
+        return value.index_select(value.dim() - 2, positions.clamp(max=available - 1))
+
+    def _refuse_decoding(self, where: Where) -> None:
+        offset = where.offset(self.site) if not SITES[self.site].over_keys else where.query_offset
+        if not torch.compiler.is_compiling() and bool(offset > 0):
+            raise CacheError(
+                describe(
+                    f"cut {self.number} at {self.address} {self.site}: mean of the current activations",
+                    f"a KV cache of {int(offset)} positions",
+                    "the whole sequence at once, for the mean is over all positions",
+                    "Pass reference=collect_reference(model, data), or use_cache=False.",
+                )
+            )
+
+
+class _Gradient(torch.autograd.Function):
+    """Forward: `value`. Backward: `factor` times the gradient to `original`, none to `value`.
+
+    A function rather than value + (original - original.detach()), which is NaN where masked scores are infinite.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.factor, None, None
+
+
+def _with_gradient(original: Tensor, value: Tensor, factor: float) -> Tensor:
+    if factor == 0.0 or not (torch.is_grad_enabled() and original.requires_grad):
+        return value.detach()
+    return _Gradient.apply(original, value.detach(), factor)  # type: ignore[return-value]
+
+
+def _positions(x: Tensor, offset: Any) -> Tensor:
+    return torch.arange(x.shape[2], device=x.device) + offset
+
+
+def _rows_one_hot(target: Tensor, like: Tensor) -> Tensor:
+    """(.., query) key numbers -> (.., query, key) rows with a single 1."""
+    keys = torch.arange(like.shape[-1], device=like.device)
+    return (target[..., None] == keys).to(like.dtype)
+
+
+def gaussian(stream: int, positions: Tensor, columns: Tensor) -> Tensor:
+    """(position, column) standard normal numbers, each a function of (stream, position, column) alone.
+
+    Counter-based, so that a decoding step draws what the whole sequence would have drawn there: splitmix64's finaliser
+    (Steele, Lea and Flood 2014) on the counter, then Box and Muller.
+    """
+    counter = (positions.long()[:, None] << 24) + columns.long()[None, :]
+    first, second = (_mix(_mix(counter + salt) + stream) for salt in (0x1234567, 0x89ABCDE))
+    uniform = [((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53 for bits in (first, second)]
+    return torch.sqrt(-2.0 * torch.log1p(-uniform[0])) * torch.cos(2.0 * torch.pi * uniform[1])
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64 on int64 lanes; shifts are made logical by masking the sign's copies."""
+    x = x + -7046029254386353131
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

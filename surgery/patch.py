@@ -1,0 +1,318 @@
+"""Patching and unpatching a model: plan everything, check everything, then swap classes; undo is exact."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from surgery.anatomy import Anatomy, Attention, find_anatomy
+from surgery.classes import SurgicalAttention, SurgicalOwner, attach, attention_class, owner_class
+from surgery.core import Plan, Probe, Session, Surgery, sample_arguments
+from surgery.errors import NotFiredWarning, ParityError, PatchError, SpecError, SurgeryError, describe, listing
+from surgery.lower import lower, on_meta
+from surgery.rewrite import Rewriter
+from surgery.spec import Freeze, Spec
+from surgery.taps import Tap
+
+Model = TypeVar("Model", bound=nn.Module)
+Kernel = Literal["auto", "eager"]
+KERNELS = ("auto", "eager")
+
+
+def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", strict: bool = True, self_test: bool = False) -> Model:
+    """Rewrites the attention modules of a transformers model, in place, and cuts what the spec says.
+
+    model: any PreTrainedModel (or module that holds one). Patching a patched model replaces its cuts.
+    spec: a Spec, one or several Freeze and Edit, or None for no cuts: then outputs, gradients and generation stay equal to
+      the unpatched model's, bit for bit.
+    kernel: "auto" leaves every module in its own kernel except where the attention matrix of some heads is needed; "eager"
+      computes every module by the reconstruction of its family's eager attention, equal bit for bit to the model loaded
+      with attn_implementation="eager".
+    strict: raise for attention that cannot be patched; False warns once and leaves those modules as they are.
+    self_test: run the model on its dummy inputs before and after, and prove no-op equality and that each edit acts.
+    Returns the same model object. Raises SpecError, NoMatchError, UnsupportedArchitectureError or PatchError, each listing
+    all problems, with the model left exactly as it was.
+    """
+    spec = as_spec(spec)
+    if kernel not in KERNELS:
+        raise SpecError(describe("patch_model", f"kernel={kernel!r}", ", ".join(map(repr, KERNELS)), "Use one of these."))
+    if self_test:
+        from surgery.selftest import self_test as run
+
+        run(model, spec, kernel, strict)
+    _apply(model, spec, kernel, strict, {})
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Gives every module its own class back: the very same classes and tensors as before patching.
+
+    Does nothing to a model that is not patched. Warns (NotFiredWarning) of cuts that never ran while others did.
+    Raises PatchError if something else has changed a patched module's class meanwhile.
+    """
+    session = session_of(model)
+    if session is not None:
+        _warn_silent(session.never_ran)
+    for module in _patched_modules(model):
+        _restore(module)
+    return model
+
+
+@contextmanager
+def patched(model: Model, spec: Any = None, *, kernel: Kernel = "auto", strict: bool = True) -> Iterator[Model]:
+    """Within the block the model has these cuts; afterwards what it had before, also after an exception.
+
+    Warns (NotFiredWarning) of cuts that never ran in the block although the model did. Raises what patch_model raises.
+    """
+    with _restored(model):
+        patch_model(model, spec, kernel=kernel, strict=strict)
+        yield model
+
+
+def freeze_qk_circuit(model: Model, layers: Any = "all", heads: Any = "all", to: Any = "zero", **options: Any) -> Model:
+    """Adds a freeze of QK circuits to the cuts that the model has; options as in Freeze. Returns the same model."""
+    return _add(model, Freeze("qk", layers, heads, to, **options))
+
+
+def freeze_ov_circuit(model: Model, layers: Any = "all", heads: Any = "all", to: Any = "zero", **options: Any) -> Model:
+    """Adds a freeze of OV circuits to the cuts that the model has; options as in Freeze. Returns the same model."""
+    return _add(model, Freeze("ov", layers, heads, to, **options))
+
+
+def _add(model: Model, cut: Freeze) -> Model:
+    session = session_of(model)
+    spec, kernel = (session.spec, session.kernel) if session is not None else (Spec(), "auto")
+    return patch_model(model, spec + Spec(cut), kernel=kernel)  # type: ignore[arg-type]
+
+
+def as_spec(spec: Any) -> Spec:
+    """A Spec from a Spec, a cut, several cuts, or None. Raises SpecError."""
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, Mapping | str):
+        raise SpecError(describe("spec", f"a {type(spec).__name__}", "a Spec", "Read it with Spec.load or Spec.from_json."))
+    return Spec(() if spec is None else spec)
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """What the patched modules of a model share, or None for a model that is not patched."""
+    for module in model.modules():
+        if isinstance(module, SurgicalAttention):
+            return module._surgery.session
+    return None
+
+
+def anatomy_of(model: nn.Module, strict: bool = True) -> Anatomy:
+    """The anatomy of a model, from its patched modules where it is known already."""
+    session = session_of(model)
+    if session is not None and session.anatomy is not None:
+        return session.anatomy
+    return find_anatomy(model, strict)
+
+
+@contextmanager
+def probed(model: nn.Module, probes: Mapping[str, Sequence[Probe]]) -> Iterator[None]:
+    """Within the block, probes (by address) watch the model with whatever cuts it has."""
+    session = session_of(model)
+    spec, kernel = (session.spec, session.kernel) if session is not None else (Spec(), "auto")
+    with _restored(model):
+        _apply(model, spec, kernel, True, probes)
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Brings back, at the end, the state of patching that the model has now: plans, taps and session."""
+    before = session_of(model)
+    probes = _probes(model)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        inner = session_of(model)
+        silent = inner.never_ran if inner is not None and inner is not before and not failed else []
+        if before is None:
+            for module in _patched_modules(model):
+                _restore(module)
+        else:
+            _apply(model, before.spec, before.kernel, False, probes, before)
+        _warn_silent(silent)
+
+
+def _probes(model: nn.Module) -> dict[str, Sequence[Probe]]:
+    surgeries = [m._surgery for m in model.modules() if isinstance(m, SurgicalAttention)]
+    return {s.address: [p for site in s.plan.probes.values() for p in site] for s in surgeries}
+
+
+def _apply(
+    model: nn.Module, spec: Spec, kernel: str, strict: bool, probes: Mapping[str, Sequence[Probe]], session: Session | None = None
+) -> None:
+    """Plans and checks the whole model, then swaps."""
+    anatomy = anatomy_of(model, strict)
+    if anatomy.unsupported and not strict and session_of(model) is None:
+        warnings.warn(listing("patch_model leaves as they are", anatomy.unsupported), UserWarning, stacklevel=3)
+    plans = lower(spec, anatomy, on_meta(model.parameters()), [a for a, p in probes.items() if p])
+    for attention in anatomy:
+        plan = plans.setdefault(attention.address, Plan())
+        plan.reconstruct = kernel == "eager"
+        for probe in probes.get(attention.address, ()):
+            plan.probes.setdefault(probe.site, []).append(probe)
+    problems = [p for attention in anatomy for p in _obstacles(attention)]
+    problems += [p for attention in anatomy for p in _tap_problems(attention, plans[attention.address])]
+    if problems:
+        raise PatchError(listing("patch_model", problems))
+    if session_of(model) is None:
+        for attention in anatomy:
+            verify(attention)
+    # Nothing below fails for a reason that lies in the input.
+    if session is None:
+        planned = frozenset(address for address, plan in plans.items() if plan.sites)
+        session = Session(spec, kernel, anatomy, planned, report=_warn_silent)
+    for module in _patched_modules(model):
+        if isinstance(module, SurgicalOwner):
+            _restore(module)
+    for attention in anatomy:
+        _swap(model, attention, plans[attention.address], session)
+
+
+def _swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) -> None:
+    module: Any = attention.module
+    if not isinstance(module, SurgicalAttention):
+        module.__dict__["_surgery"] = Surgery(attention, session)
+        _set_class(module, attention_class(type(module)))
+    surgery: Surgery = module._surgery
+    surgery.session = session
+    own: dict[str, Tap] = {}
+    for site, projection in (("q", "q"), ("k", "k"), ("result", "o")):
+        if site not in plan.sites:
+            continue
+        place = attention.projections[projection]
+        if place.owner == attention.path:
+            taps = own
+        else:
+            owner: Any = model.get_submodule(place.owner)
+            if not isinstance(owner, SurgicalOwner):
+                owner.__dict__["_surgery"] = {}
+                _set_class(owner, owner_class(type(owner)))
+            taps = owner._surgery
+        taps.setdefault(place.name, Tap(surgery, {})).sites[site] = place.channels
+    surgery.set_plan(plan, own)
+    attach(module)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Swaps the class, also under an accelerate hook, which keeps the bound forward of the class before."""
+    before = type(module)
+    module.__class__ = cls
+    hooked = module.__dict__.get("_old_forward")
+    if isinstance(hooked, types.MethodType) and hooked.__func__ is before.forward:
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def _restore(module: Any) -> None:
+    base = module._surgery_base
+    if type(module) not in (attention_class(base), owner_class(base)):
+        raise PatchError(
+            describe("unpatch_model", f"a module of class {type(module).__name__}", base.__name__, "Undo what changed its class.")
+        )
+    _set_class(module, base)
+    del module.__dict__["_surgery"]
+
+
+def _patched_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, SurgicalAttention | SurgicalOwner)]
+
+
+def _obstacles(attention: Attention) -> list[str]:
+    """Why a module must not be touched: its forward was replaced by something that is not accelerate's hook."""
+    module, found = attention.module, []
+    forward = module.__dict__.get("forward")
+    if forward is not None and "_hf_hook" not in module.__dict__:
+        name = getattr(forward, "__qualname__", repr(forward))
+        found.append(
+            describe(
+                f"{attention.path!r} ({attention.class_name})",
+                f"a forward that something else set on the module ({name})",
+                "the class's own forward",
+                "Undo that change before patching; our cuts would never run.",
+            )
+        )
+    return found
+
+
+def _tap_problems(attention: Attention, plan: Plan) -> list[str]:
+    return [
+        describe(
+            f"{attention.path!r}",
+            f"{site}: the projection {attention.projections[name].path!r} is an entry of a list",
+            "a projection that is an attribute",
+            "Use the sites rot_q, rot_k or z.",
+        )
+        for site, name in (("q", "q"), ("k", "k"), ("result", "o"))
+        if site in plan.sites and attention.projections[name].name.isdigit()
+    ]
+
+
+def verify(attention: Attention) -> None:
+    """Compares the reconstruction of an attention with its family's own eager function, on random tensors, bit for bit.
+
+    Skipped for values (not for the trace) where the module has no data. Raises ParityError.
+    """
+    module, rewriter = attention.module, Rewriter(attention.family.eager, attention.module)
+    core, shapes = attention.recording.core, attention.recording.shapes
+    for masked in (False, True):
+        arguments = sample_arguments(rewriter, shapes, core["kwargs"], masked)
+        graph = rewriter.graph(arguments, attention.core_groups)
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())) or _verified(graph, attention):
+            continue
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        arguments = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            expected = rewriter.eager(module, **arguments)[0]
+            torch.manual_seed(0)
+            found = graph(lambda site, tensor: tensor, module, arguments)[0]
+        if not torch.equal(expected, found):
+            raise ParityError(
+                describe(
+                    f"the reconstruction of {attention.class_name} at {attention.path!r}",
+                    f"a difference of {(expected - found).abs().max():.3g} from its eager attention",
+                    "equality bit for bit",
+                    "Please report this class; describe it in patches/ meanwhile.",
+                )
+            )
+
+
+_VERIFIED: set[tuple[int, Any]] = set()
+
+
+def _verified(graph: Any, attention: Attention) -> bool:
+    """Whether this trace was compared already for these head counts; layers of one shape share it."""
+    key = (id(graph), (attention.heads, attention.kv_heads, attention.d_head, attention.d_value))
+    if key in _VERIFIED:
+        return True
+    _VERIFIED.add(key)
+    return False
+
+
+def _warn_silent(addresses: Sequence[str]) -> None:
+    if addresses:
+        warnings.warn(
+            describe(
+                "patched model",
+                f"a forward that never ran the attention at {', '.join(addresses)}",
+                "every cut and capture executed",
+                "The cuts there had no effect; check the inputs (encoder states, skipped layers) or the layers of the spec.",
+            ),
+            NotFiredWarning,
+            stacklevel=4,
+        )
+
+

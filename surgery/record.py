@@ -1,0 +1,307 @@
+"""One tiny run of an attention module in which tensors carry channel numbers: where q, k, v come from, where z goes.
+
+Every projection is replaced by a stub whose output is labelled with the projection and its channel numbers. Views, splits,
+permutations and joins act on the labels as on the values; elementwise arithmetic (positions, norms, scaling) hands on the
+labels of its first labelled operand. What arrives at the core then says, for each head, which channels of which projection
+it is made of; what arrives at the output projection, which of its columns read z of which head. No weight is looked at, so
+this works for quantised, adapted, offloaded and meta modules alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from surgery.family import IMPLEMENTATION, Family, input_width, is_projection, projection_width
+
+QUERIES, SOURCE = 3, 5
+"""Lengths of the recorded sequence and of the cross-attended one: small, and different from one another."""
+
+_BASE = 1 << 32  # label = owner * _BASE + channel; -1 is "not from a projection"
+
+_STRUCTURAL = frozenset(
+    "view reshape transpose permute contiguous split split_with_sizes chunk unbind __getitem__ cat concat stack flatten "
+    "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
+    "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__".split()
+)
+_FRESH = frozenset("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like".split())
+
+
+class Labelled(Tensor):
+    """A tensor with a label for each entry. Values do not matter; shapes and labels do."""
+
+    labels: Tensor
+
+    @staticmethod
+    def make(value: Tensor, labels: Tensor) -> Labelled:
+        new = value.detach().as_subclass(Labelled)
+        new.labels = labels
+        return new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        with torch._C.DisableTorchFunctionSubclass():
+            given = [a for a in _flat((args, kwargs)) if isinstance(a, Labelled)]
+            device = given[0].device if given else None
+            plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
+            out = func(*plain[0], **plain[1])
+            if name in _STRUCTURAL or (name == "__get__" and isinstance(out, Tensor)):
+                labels = tree_map(_labels, (args, kwargs))
+                return _attach(out, func(*labels[0], **labels[1]))
+            if name in _FRESH:
+                return Labelled.make(out, torch.full(out.shape, -1))
+        return tree_map(lambda o: _hand_on(o, given), out)
+
+
+def _flat(tree: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def _plain(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        value = value.as_subclass(Tensor)
+        return value.to(device) if device is not None and value.device != device else value
+    return value
+
+
+def _labels(value: Any) -> Any:
+    if isinstance(value, Labelled):
+        return value.labels
+    if isinstance(value, Tensor) and value.dtype != torch.bool and value.is_floating_point():
+        return torch.full(value.shape, -1)
+    return value
+
+
+def _attach(out: Any, labels: Any) -> Any:
+    if isinstance(out, Tensor):
+        return Labelled.make(out, labels)
+    if isinstance(out, list | tuple):
+        return type(out)(_attach(o, lab) for o, lab in zip(out, labels, strict=True))
+    return out
+
+
+def _hand_on(out: Any, given: list[Labelled]) -> Any:
+    if isinstance(out, Tensor):
+        for source in given:
+            if source.labels.shape == out.shape:
+                return Labelled.make(out, source.labels)
+    return out
+
+
+@dataclass
+class Recording:
+    """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
+
+    projections: names of the projections met, in the order of their owner numbers; z is owner -1 - and so on is private.
+    """
+
+    family: Family
+    projections: list[str] = field(default_factory=list)
+    core: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    output: tuple[str, Tensor] | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    calls: int = 0
+
+    def owner(self, label: int) -> str:
+        return self.projections[label // _BASE]
+
+
+_Z = 1 << 20  # the owner number of z's labels: channel = head * d_head + d
+
+
+class _State:
+    """Stands where a patched module has its surgery state; the core call ends here."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        record = self.recording
+        record.calls += 1
+        record.core = {"mask": attention_mask, "kwargs": kwargs}
+        for name, tensor in (("q", query), ("k", key), ("v", value)):
+            record.shapes[name] = tuple(tensor.shape)
+            if isinstance(tensor, Labelled):
+                record.labels[name] = tensor.labels[0, :, -1].clone()
+        batch, heads, queries, _ = query.shape
+        width = value.shape[-1]
+        labels = (torch.arange(heads * width).view(heads, width) + _Z * _BASE).expand(batch, queries, heads, width)
+        plain = value.as_subclass(Tensor)
+        return Labelled.make(plain.new_ones(batch, queries, heads, width), labels.contiguous()), None
+
+    def config(self, config: Any) -> Any:
+        return config_view(config)
+
+
+class _Stub:
+    """A projection in the recorded run."""
+
+    def __init__(self, module: nn.Module, name: str, recording: Recording, dtype: torch.dtype, device: torch.device) -> None:
+        self.module, self.name, self.recording, self.dtype, self.device = module, name, recording, dtype, device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        record = self.recording
+        if isinstance(x, Labelled) and bool((x.labels >= _Z * _BASE).any()):
+            record.output = (self.name, (x.labels.reshape(-1, x.shape[-1])[-1] - _Z * _BASE).clone())
+        elif isinstance(x, Labelled) and bool((x.labels >= 0).any()):
+            record.inputs[self.name] = record.owner(int(x.labels.max()))
+        if self.name not in record.projections:
+            record.projections.append(self.name)
+        owner = record.projections.index(self.name)
+        width = projection_width(self.module)
+        assert width is not None
+        shape = (*x.shape[:-1], width)
+        value = torch.ones(shape, dtype=self.dtype, device=self.device)
+        return Labelled.make(value, (torch.arange(width) + owner * _BASE).expand(shape).contiguous())
+
+
+def config_view(config: Any) -> Any:
+    """A config that shares everything with the given one, live, but names our attention implementation."""
+    view = object.__new__(_config_class(type(config)))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view
+
+
+_CONFIG_CLASSES: dict[type, type] = {}
+
+
+def _config_class(cls: type) -> type:
+    if cls not in _CONFIG_CLASSES:
+        implementation = property(lambda self: IMPLEMENTATION)
+        _CONFIG_CLASSES[cls] = type(cls.__name__, (cls,), {"_attn_implementation": implementation, "__module__": cls.__module__})
+    return _CONFIG_CLASSES[cls]
+
+
+def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
+    """Runs a module's forward once on stubs. Whatever the forward raises comes through."""
+    # The positional angles' width is not known here: 1 broadcasts over whatever part of d_head is rotated; where a family
+    # takes half of them, 2 does. Wrong widths fail in the first product, so nothing is guessed.
+    for width in (1, 2):
+        recording = Recording(family)
+        try:
+            output = _run(module, "", recording, family, _arguments(module, family, is_cross, width))
+            break
+        except RuntimeError:
+            if width == 2:
+                raise
+    assert recording.calls, "the forward did not reach the core"
+    recording.shapes["output"] = tuple(_first(output).shape)
+    recording.labels["output"] = _first(output).labels if isinstance(_first(output), Labelled) else torch.empty(0)
+    return recording
+
+
+def record_parent(parent: nn.Module, child: str, recording: Recording) -> Recording:
+    """Continues in the parent of an attention that returns z itself: finds the output projection beside it."""
+    found = Recording(recording.family)
+    labels = recording.labels["output"]
+    dtype, device = _type_of(parent)
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        return Labelled.make(torch.ones(labels.shape, dtype=dtype, device=device), labels), None
+
+    _run(parent, "", found, None, _arguments(parent, None, False), {child: attention})
+    return found
+
+
+def _run(
+    module: nn.Module, prefix: str, recording: Recording, family: Family | None, arguments: Mapping[str, Any], given: Any = None
+) -> Any:
+    view = _view(module, prefix, recording, family, given or {})
+    return type(view).forward(view, **arguments)
+
+
+def _view(module: nn.Module, prefix: str, recording: Recording, family: Family | None, given: Mapping[str, Any]) -> Any:
+    """An object like the module, on a copy of its attributes, whose projections are stubs and which fires no user hooks."""
+    base = type(module)
+    if hasattr(base, "_surgery_base"):
+        base = base._surgery_base
+    dtype, device = _type_of(module)
+
+    def getattribute(self: Any, name: str) -> Any:
+        if name in given:
+            return given[name]
+        value = nn.Module.__getattr__(self, name)
+        if isinstance(value, nn.Module):
+            return wrap(value, f"{prefix}{name}")
+        return value
+
+    def wrap(value: nn.Module, path: str) -> Any:
+        if is_projection(value):
+            return _Stub(value, path, recording, dtype, device)
+        if isinstance(value, nn.ModuleList):
+            return [wrap(child, f"{path}.{i}") for i, child in enumerate(value)]
+        if any(is_projection(child) for child in value.modules()):
+            return _view(value, f"{path}.", recording, None, {})
+        return value
+
+    members: dict[str, Any] = {"__getattr__": getattribute, **(family.members if family else {})}
+    if family is not None and "config" in module.__dict__:
+        members["config"] = property(lambda self: config_view(self.__dict__["config"]))
+    view = object.__new__(type(base.__name__, (base,), members))
+    attributes = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward", "_surgery")}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        attributes[hooks] = {}
+    view.__dict__.update(attributes, _surgery=_State(recording))
+    return view
+
+
+def _type_of(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    floats = [p for p in module.parameters() if p.is_floating_point()]
+    if not floats:
+        return torch.float32, torch.device("cpu")
+    # A module with any part on meta (offloaded, or not yet loaded) is recorded on meta: values are not needed.
+    device = next((p.device for p in floats if p.device.type == "meta"), floats[0].device)
+    return floats[0].dtype, device
+
+
+_NONE = ("attention_mask", "mask", "past_key_values", "past_key_value", "layer_past", "cache", "head_mask", "position_bias")
+_SOURCES = ("key_value_states", "encoder_hidden_states")
+
+
+def _arguments(module: nn.Module, family: Family | None, is_cross: bool, angle_width: int = 1) -> dict[str, Any]:
+    """Arguments for a forward, by the names that transformers gives them."""
+    dtype, device = _type_of(module)
+    width = next((w for m in module.modules() if is_projection(m) and (w := input_width(m))), 1)
+    states = torch.ones(1, QUERIES, width, dtype=dtype, device=device)
+    source = torch.ones(1, SOURCE, width, dtype=dtype, device=device)
+    angle = torch.ones(1, QUERIES, angle_width, dtype=dtype, device=device)
+    known: dict[str, Any] = {
+        "position_embeddings": (angle, angle),
+        "position_ids": torch.arange(QUERIES, device=device)[None],
+        "cache_position": torch.arange(QUERIES, device=device),
+        "residual": states,
+        "input_tensor": states,
+        **dict.fromkeys(_NONE),
+        **dict.fromkeys(_SOURCES, source if is_cross else None),
+        **(family.example(module) if family and family.example else {}),
+    }
+    base = getattr(type(module), "_surgery_base", type(module))
+    forward = (family.members.get("forward") if family else None) or base.forward
+    arguments: dict[str, Any] = {}
+    for number, (name, parameter) in enumerate(list(inspect.signature(forward).parameters.items())[1:]):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if number == 0:
+            arguments[name] = states
+        elif name in known:
+            arguments[name] = known[name]
+        elif parameter.default is parameter.empty:
+            arguments[name] = None
+    return arguments
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output

@@ -1,0 +1,188 @@
+"""Values that a cut puts in place of an activation: means over a data set, or the activations of another run.
+
+A `Reference` is plain data. `surgery.collect_reference` fills one by streaming over a data set, `capture` one from a
+single run, and tensors given by hand become one as well. It is stored in safetensors, never pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgery.errors import SpecError, describe
+
+ANY = "*"
+"""The address of a tensor that was given by hand, for whatever attention the cut selects."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The values for one address and site.
+
+    value: (head, d) or (head, position, d) for kind "mean"; (batch, head, position, d) for kind "activation".
+    spread: standard deviation, same shape as value, or None. heads: the heads that the head axis holds; None is all.
+    """
+
+    value: Tensor
+    spread: Tensor | None = None
+    heads: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Replacement values by address and site; `kind` says whether they are means or one run's activations.
+
+    `model` is the fingerprint of the model that they were measured on (None: given by hand, fits any model whose shapes
+    fit); a cut refuses values of another model.
+    """
+
+    kind: Literal["mean", "activation"]
+    entries: Mapping[tuple[str, str], Entry] = field(default_factory=dict)
+    model: str | None = None
+
+    def find(self, address: str, site: str) -> Entry | None:
+        """The entry for an attention and a site, or None."""
+        return self.entries.get((address, site)) or self.entries.get((ANY, site)) or self.entries.get((ANY, ANY))
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        sites = sorted({site for _, site in self.entries})
+        addresses = list(dict.fromkeys(address for address, _ in self.entries))
+        shown = ", ".join(addresses[:3]) + (f", .. ({len(addresses)} in all)" if len(addresses) > 3 else "")
+        return f"Reference({self.kind} of {', '.join(sites)} at {shown})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reference):
+            return NotImplemented
+        mine, theirs = self.describe(""), other.describe("")
+        return mine[0] == theirs[0] and all(torch.equal(mine[1][name], theirs[1][name]) for name in mine[1])
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def describe(self, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A JSON-ready description, and the tensors that it names as `prefix` + number."""
+        tensors: dict[str, Tensor] = {}
+
+        def name(tensor: Tensor | None) -> str | None:
+            if tensor is None:
+                return None
+            tensors[f"{prefix}{len(tensors)}"] = tensor.detach()
+            return f"{prefix}{len(tensors) - 1}"
+
+        entries = [
+            {
+                "address": address,
+                "site": site,
+                "value": name(entry.value),
+                "spread": name(entry.spread),
+                "heads": None if entry.heads is None else list(entry.heads),
+            }
+            for (address, site), entry in self.entries.items()
+        ]
+        return {"kind": self.kind, "model": self.model, "entries": entries}, tensors
+
+    @classmethod
+    def from_description(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Reference:
+        """The inverse of `describe`. Raises SpecError if a named tensor is missing."""
+        try:
+            entries = {
+                (e["address"], e["site"]): Entry(
+                    tensors[e["value"]],
+                    None if e["spread"] is None else tensors[e["spread"]],
+                    None if e["heads"] is None else tuple(e["heads"]),
+                )
+                for e in data["entries"]
+            }
+            return cls(data["kind"], entries, data["model"])
+        except (KeyError, TypeError) as error:
+            raise SpecError(
+                describe(
+                    "Reference.from_description",
+                    f"a description that cannot be read ({type(error).__name__}: {error})",
+                    f"keys kind, model, entries and the tensors {sorted(tensors)[:5]}",
+                    "Load the file together with the tensors that were saved beside it.",
+                )
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, the description in its metadata."""
+        description, tensors = self.describe("")
+        save_file({n: t.contiguous().clone() for n, t in tensors.items()}, path, {"reference": json.dumps(description)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reference:
+        """Reads what `save` wrote. Raises SpecError if the file is not a reference."""
+        with safe_open(str(path), framework="pt") as file:
+            description = (file.metadata() or {}).get("reference")
+            if description is None:
+                raise SpecError(
+                    describe(
+                        f"Reference.load({str(path)!r})",
+                        "a safetensors file without a reference in its metadata",
+                        "a file that Reference.save wrote",
+                        "Pass that file.",
+                    )
+                )
+            return cls.from_description(json.loads(description), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+
+
+def as_reference(value: Any, kind: Literal["mean", "activation"]) -> Reference:
+    """A Reference from a Reference, a captured run, a tensor, or a mapping {address or (address, site): tensor}.
+
+    Raises SpecError for anything else, for NaN, and for a tensor with the wrong number of axes.
+    """
+    if hasattr(value, "reference"):  # a captured run
+        value = value.reference()
+    if isinstance(value, Tensor):
+        value = {(ANY, ANY): value}
+    if isinstance(value, Mapping):
+        value = Reference(kind, {(k, ANY) if isinstance(k, str) else k: Entry(torch.as_tensor(v)) for k, v in value.items()})
+        if any(site == ANY and address != ANY for address, site in value.entries):
+            value = Reference(kind, {(a, s): e for (a, s), e in value.entries.items()})
+    if not isinstance(value, Reference):
+        raise SpecError(
+            describe(
+                "reference",
+                f"a {type(value).__name__}",
+                "a Reference, a captured run, a tensor, or a mapping from (address, site) to tensors",
+                "Collect one with surgery.collect_reference(model, data).",
+            )
+        )
+    if value.kind != kind:
+        raise SpecError(
+            describe("reference", f"values of kind {value.kind!r}", f"kind {kind!r}", "Use the `to` that belongs to it.")
+        )
+    axes = (4,) if kind == "activation" else (2, 3)
+    for (address, site), entry in value.entries.items():
+        if entry.value.dim() not in axes:
+            raise SpecError(
+                describe(
+                    f"reference[{address!r}, {site!r}]",
+                    f"shape {tuple(entry.value.shape)}",
+                    "(batch, head, position, d)" if kind == "activation" else "(head, d) or (head, position, d)",
+                    "Give one row for each head.",
+                )
+            )
+        if not entry.value.is_meta and torch.isnan(entry.value).any():
+            raise SpecError(
+                describe(
+                    f"reference[{address!r}, {site!r}]",
+                    f"{int(torch.isnan(entry.value).sum())} NaN values",
+                    "finite values",
+                    "Check the data that the reference was collected on.",
+                )
+            )
+    return value

@@ -1,0 +1,70 @@
+"""Points at projections: q and k where they leave theirs, `result` where z passes through the output projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from surgery.core import Surgery
+
+
+@dataclass
+class Tap:
+    """What happens around one projection.
+
+    sites: site to channels (head, d): of the projection's output for q and k, of its input for result.
+    """
+
+    surgery: Surgery
+    sites: dict[str, Tensor]
+
+    def __call__(self, projection: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = projection(x, *args, **kwargs)
+        for site, channels in self.sites.items():
+            output = self._result(projection, x, output, channels) if site == "result" else self._rows(site, output, channels)
+        return output
+
+    def _rows(self, site: str, output: Tensor, channels: Tensor) -> Tensor:
+        """q or k: the projection's channels by head, changed where they stand."""
+        index = channels.flatten().to(output.device)
+        by_head = output.index_select(-1, index).unflatten(-1, tuple(channels.shape))
+        shape = by_head.shape  # (batch, position, head, d), with more axes before head in some families
+        edited = self.surgery.at(site, by_head.flatten(1, -3).transpose(1, 2))
+        if not self.surgery.plan.of(site):
+            return output
+        return output.index_copy(-1, index, edited.transpose(1, 2).reshape(shape).flatten(-2))
+
+    def _result(self, projection: nn.Module, x: Tensor, output: Tensor, channels: Tensor) -> Tensor:
+        """result: what each head adds to the output; changed by adding the difference, so other heads stay exact."""
+        heads = self.surgery.result_heads
+        parts = torch.stack([head_result(projection, x, channels[head]) for head in heads], dim=1)
+        edited = self.surgery.at("result", parts, heads)
+        if not self.surgery.plan.of("result"):
+            return output
+        return output + (edited - parts).sum(dim=1)
+
+
+def head_result(projection: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
+    """(batch, query, d_model): what some input channels add to a linear map's output, its bias left out.
+
+    Computed by the map itself on an input that is zero elsewhere, so that it holds for quantised and adapted ones too.
+    """
+    mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, channels.to(x.device), True)
+    return projection(torch.where(mask, x, 0)) - projection(torch.zeros_like(x[:1, :1]))
+
+
+class Tapped:
+    """A projection as the family's forward sees it: called through its tap, otherwise itself."""
+
+    def __init__(self, projection: nn.Module, tap: Tap) -> None:
+        self.projection, self.tap = projection, tap
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.tap(self.projection, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.projection, name)
