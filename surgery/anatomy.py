@@ -78,10 +78,11 @@ class Attention:
 
     @property
     def fusion(self) -> str:
-        """How the projections are stored: "q | k | v", "q+k+v" in one matrix, or what is known."""
+        """How the projections are stored: "q | k | v" in one matrix each, "q+k+v" in one; "(k)" is not derived."""
         groups: dict[str, list[str]] = defaultdict(list)
         for site in ("q", "k", "v"):
-            groups[self.projections[site].path if site in self.projections else f"? {site}"].append(site)
+            known = site in self.projections
+            groups[self.projections[site].path if known else site].append(site if known else f"({site})")
         return " | ".join("+".join(sites) for sites in groups.values())
 
     def __repr__(self) -> str:
@@ -106,7 +107,9 @@ class Anatomy:
         """The attention at an address or layer number. Raises NoMatchError."""
         found = self.select((address,))
         if len(found) != 1:
-            raise NoMatchError(describe("attention", f"{address!r} selects {len(found)}", "exactly one", "Give its full address."))
+            raise NoMatchError(
+                describe("attention", f"{address!r} selects {len(found)}", "exactly one", "Give its full address.")
+            )
         return found[0]
 
     @property
@@ -157,7 +160,9 @@ class Anatomy:
             for address in attention.addresses:
                 head, _, number = address.rpartition(".")
                 groups[head].append(int(number))
-        return ", ".join(f"{name}.{min(n)} to {name}.{max(n)}" if len(n) > 1 else f"{name}.{n[0]}" for name, n in groups.items())
+        return ", ".join(
+            f"{name}.{min(n)} to {name}.{max(n)}" if len(n) > 1 else f"{name}.{n[0]}" for name, n in groups.items()
+        )
 
 
 def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
@@ -189,7 +194,9 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
         )
     if not attentions:
         raise NoMatchError(
-            describe(type(model).__name__, "no attention module", "at least one", "Pass a transformers model with softmax attention.")
+            describe(
+                type(model).__name__, "no attention module", "at least one", "Pass a transformers model with softmax attention."
+            )
         )
     base = getattr(type(model), "_surgery_base", type(model))
     return Anatomy(tuple(attentions), tuple(unsupported), base.__name__)
@@ -241,7 +248,9 @@ def _is_cross(path: str, module: nn.Module) -> bool:
     if isinstance(flag, bool) and flag:
         return True
     tail = path.lower().rsplit(".", 3)[-3:]
-    return any("cross" in part or part in ("encoder_attn", "encdecattention") for part in tail) or "Cross" in type(module).__name__
+    return (
+        any("cross" in part or part in ("encoder_attn", "encdecattention") for part in tail) or "Cross" in type(module).__name__
+    )
 
 
 def _examine(

@@ -77,7 +77,14 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
         return output
 
     def extra_repr(self: Any) -> str:
-        return ", ".join(part for part in (base.extra_repr(self), f"surgery at {summary(self._surgery)}") if part)
+        return ", ".join(
+            part
+            for part in (
+                base.extra_repr(self),
+                f"surgery at {self._surgery.address}: cuts {describe_cuts(self._surgery)}; kernel {self._surgery.kernel_in_use}",
+            )
+            if part
+        )
 
     return _subclass(SurgicalAttention, base, attention_class, forward, extra_repr=extra_repr)
 
@@ -143,15 +150,15 @@ def _ungrouped_view(base: type) -> type:
     return type(base.__name__, (base,), {"__module__": base.__module__, GROUPS: property(lambda self: 1)})
 
 
-def summary(surgery: Surgery) -> str:
-    """What a patched module does, in words: address, cuts, captures, kernel."""
+def describe_cuts(surgery: Surgery) -> str:
+    """What a patched module does, in words: its cuts in the order in which they act, then what is captured."""
     parts = []
     for site in SITES:
         for operation in surgery.plan.of(site):
             action = operation.edit.action
             name = action if isinstance(action, str) else getattr(action, "__name__", repr(action))
-            everything = len(operation.heads) == surgery.heads
-            parts.append(f"{site} {name}, {'all heads' if everything else f'heads {list(operation.heads)}'}")
-        if site in surgery.plan.probes:
-            parts.append(f"capture {site}")
-    return f"{surgery.address}: {'; '.join(parts) or 'no cuts'}" + (" (eager kernel)" if surgery.plan.reconstruct else "")
+            count = surgery.kv_heads if site == "k" else surgery.heads
+            which = "all heads" if len(operation.heads) == count else f"heads {', '.join(map(str, operation.heads))}"
+            parts.append(f"{site} {name} ({which})")
+    parts += [f"capture {site}" for site in SITES if site in surgery.plan.probes]
+    return "; ".join(parts) or "none"

@@ -48,26 +48,30 @@ class Plan:
     def of(self, site: str) -> list[Operation]:
         return self.operations.get(site, [])
 
-    def heads_at(self, sites: Iterable[str], heads: int) -> tuple[int, ...]:
-        """The heads that any operation or probe at these sites concerns."""
+    def heads_at(self, sites: Iterable[str], heads: int, probes: bool = True) -> tuple[int, ...]:
+        """The heads that any operation (and any probe) at these sites concerns."""
         chosen: set[int] = set()
         for site in sites:
             for operation in self.of(site):
                 chosen.update(operation.heads)
-            for probe in self.probes.get(site, ()):
+            for probe in self.probes.get(site, ()) if probes else ():
                 chosen.update(range(heads) if probe.heads is None else probe.heads)
         return tuple(sorted(chosen))
 
 
 @dataclass
 class Session:
-    """What the patched modules of one model share: spec, kernel, anatomy, and which of its cuts have run."""
+    """What the patched modules of one model share: spec, kernel, anatomy, and which of its cuts have run.
+
+    watch(operation, before, after): sees every operation act, for the self-test.
+    """
 
     spec: Spec = field(default_factory=Spec)
     kernel: str = "auto"
     anatomy: Anatomy | None = None
     planned: frozenset[str] = frozenset()
     runs: dict[str, int] = field(default_factory=dict)
+    watch: Callable[[Operation, Tensor, Tensor], None] | None = None
     report: Callable[[Sequence[str]], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,6 +109,7 @@ class Surgery:
         self.taps = dict(taps or {})
         self.is_idle = not plan.sites and not plan.reconstruct
         self.matrix_heads = plan.heads_at(MATRIX_SITES, self.heads)
+        self.edited_matrix_heads = plan.heads_at(MATRIX_SITES, self.heads, probes=False)
         self.result_heads = plan.heads_at(("result",), self.heads)
         self.edits_kv = bool(plan.of("rot_k") or plan.of("v"))
         self.needs_position = any(o.needs_position for site in plan.operations.values() for o in site)
@@ -147,6 +152,14 @@ class Surgery:
         return getattr(config, "_attn_implementation", None) or "eager"
 
     @property
+    def kernel_in_use(self) -> str:
+        """The kernel that the next forward runs, in words."""
+        if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(self.implementation)):
+            return "reconstructed eager"
+        more = f" + {len(self.matrix_heads)} of {self.heads} heads reconstructed" if self.matrix_heads else ""
+        return f"{self.implementation}{more}"
+
+    @property
     def reconstruction(self) -> Reconstruction:
         """The rewritten eager attention of this module, for a call with a mask."""
         return self.rewriter.graph(sample_arguments(self.rewriter, *self.sample, masked=True), self.core_groups)
@@ -187,7 +200,7 @@ class Surgery:
             self.where = self.where.after_self_attention(query.shape[2])
         implementation = self.implementation
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
-            return self._all_heads(implementation, query, key, value, attention_mask, kwargs, self.core_groups)
+            return self._all_heads(implementation, query, key, value, attention_mask, kwargs)
         query = self.at("rot_q", query)
         module, groups = self.module, self.core_groups
         if self.edits_kv and groups > 1:
@@ -197,11 +210,7 @@ class Surgery:
         key, value = self.at("rot_k", key), self.at("v", value)
         output, weights = self.family.kernel(implementation)(module, query, key, value, attention_mask, **kwargs)
         if self.matrix_heads:
-            z = self._some_heads(implementation, query, key, value, attention_mask, kwargs, groups)
-            if z is None:
-                late = frozenset((*MATRIX_SITES, "z"))
-                return self._all_heads(implementation, query, key, value, attention_mask, kwargs, groups, late)
-            output = Heads(self.matrix_heads).put(output, z.to(output.dtype), 2)
+            output = self._with_matrix(output, implementation, query, key, value, attention_mask, kwargs, groups)
         return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
 
     def at(self, site: str, tensor: Tensor, held: Sequence[int] | None = None, only: frozenset[str] | None = None) -> Tensor:
@@ -213,7 +222,9 @@ class Surgery:
             return tensor
         self.reached.add(site)
         for operation in self.plan.of(site):
-            tensor = operation.apply(tensor, self.where, held)
+            before, tensor = tensor, operation.apply(tensor, self.where, held)
+            if self.session.watch is not None:
+                self.session.watch(operation, before, tensor)
         for probe in self.plan.probes.get(site, ()):
             probe.take(self._seen(site, tensor, probe.heads, held))
         return tensor
@@ -240,25 +251,17 @@ class Surgery:
         return found
 
     def _all_heads(
-        self,
-        implementation: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        kwargs: Mapping[str, Any],
-        groups: int,
-        only: frozenset[str] | None = None,
+        self, implementation: str, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Any]:
-        """Every head by the reconstruction. only: the points that still act, where the earlier ones already have."""
+        """Everything by the reconstruction, every point in its place."""
         mask = self._mask(implementation, query, key, attention_mask, kwargs)
         self.where.allowed = mask.allowed
         arguments = self.rewriter.bind(query, key, value, mask.additive, kwargs)
-        graph = self.rewriter.graph(arguments, groups)
-        return graph(functools.partial(self.at, only=only), self.module, arguments)
+        return self.rewriter.graph(arguments, self.core_groups)(self.at, self.module, arguments)
 
-    def _some_heads(
+    def _with_matrix(
         self,
+        output: Tensor,
         implementation: str,
         query: Tensor,
         key: Tensor,
@@ -266,14 +269,37 @@ class Surgery:
         attention_mask: Any,
         kwargs: Mapping[str, Any],
         groups: int,
-    ) -> Tensor | None:
-        """z (batch, query, head, d_head) of the heads whose matrix is needed, by the reconstruction on these alone.
+    ) -> Tensor:
+        """The kernel's output (batch, query, head, d_head) with the heads whose scores or pattern are cut put in.
 
-        None if something that the family's function reads has no clear head axis; then all heads must be computed.
+        Heads that are only watched keep the kernel's numbers. So do rows without any key to attend to, and rows that are
+        padding to the kernel: what a kernel gives there is its own.
         """
         mask = self._mask(implementation, query, key, attention_mask, kwargs)
-        heads, rows = Heads(self.matrix_heads), [head // groups for head in self.matrix_heads]
         self.where.allowed = mask.allowed
+        held, graph, arguments = self._some_heads(query, key, value, mask, kwargs, groups)
+        at = functools.partial(self.at, held=held, only=frozenset(MATRIX_SITES))
+        z = graph(at, self.module, arguments)[0].to(output.dtype)
+        if not self.edited_matrix_heads:
+            return output
+        heads = Heads(self.edited_matrix_heads)
+        z = Heads([held.index(head) for head in self.edited_matrix_heads]).take(z, 2)
+        if mask.allowed is not None:
+            allowed = mask.allowed if mask.allowed.shape[1] == 1 else heads.take(mask.allowed)
+            live = allowed.any(dim=-1).transpose(1, 2)[..., None]
+            if mask.empty_rows is not None:
+                live = live & ~mask.empty_rows[:, :, None, None]
+            z = torch.where(live, z, heads.take(output, 2))
+        return heads.put(output, z, 2)
+
+    def _some_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, kwargs: Mapping[str, Any], groups: int
+    ) -> tuple[tuple[int, ...], Reconstruction, dict[str, Any]]:
+        """The call of the reconstruction for the heads whose matrix is needed: heads, graph, arguments.
+
+        All heads, if something that the family's function reads has no clear head axis.
+        """
+        heads, rows = Heads(self.matrix_heads), [head // groups for head in self.matrix_heads]
         arguments = self.rewriter.bind(
             heads.take(query),
             key[:, rows] if groups > 1 else heads.take(key),
@@ -286,11 +312,10 @@ class Surgery:
             tensor = None if name in arguments or name == "at" else read(self.module, name)
             if isinstance(tensor, Tensor) and tensor.dim():
                 if list(tensor.shape).count(self.heads) != 1:
-                    return None
+                    arguments = self.rewriter.bind(query, key, value, mask.additive, kwargs)
+                    return tuple(range(self.heads)), self.rewriter.graph(arguments, groups), arguments
                 arguments[name] = heads.take(tensor, list(tensor.shape).index(self.heads))
-        at = functools.partial(self.at, held=self.matrix_heads, only=frozenset(MATRIX_SITES))
-        z = graph(at, self.module, arguments)[0]
-        return z if mask.empty_rows is None else z.masked_fill(mask.empty_rows[:, :, None, None], 0.0)
+        return self.matrix_heads, graph, arguments
 
     def _of_heads(self, argument: Any, heads: Heads) -> Any:
         is_by_head = isinstance(argument, Tensor) and argument.dim() == 4 and argument.shape[1] == self.heads > 1

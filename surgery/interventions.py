@@ -198,9 +198,7 @@ class Operation:
             return self.edit.value
         if self.entry is not None:
             assert self.entry.spread is not None
-            return tuple(
-                self._broadcast(self._rows(t), original, where) for t in (self.entry.value, self.entry.spread)
-            )  # type: ignore[return-value]
+            return tuple(self._broadcast(self._rows(t), original, where) for t in (self.entry.value, self.entry.spread))  # type: ignore[return-value]
         if SITES[self.site].is_matrix and where.allowed is not None:
             # Masked entries hold the dtype's minimum and would drown the others.
             allowed = where.allowed.expand_as(original)

@@ -31,7 +31,7 @@ from surgery.errors import MaskError, describe
 class Mask:
     """One call's mask. additive: (batch | 1, head | 1, query, key) or None; allowed: boolean of that shape or None for all.
 
-    empty_rows: (batch, query) True where the original kernel gives zeros because the query is padding; or None.
+    empty_rows: (batch, query) True where the query is padding and the original kernel leaves it out; or None.
     """
 
     additive: Tensor | None
@@ -39,7 +39,9 @@ class Mask:
     empty_rows: Tensor | None = None
 
 
-def to_additive(implementation: str, mask: Any, query: Tensor, key: Tensor, module: nn.Module, kwargs: Mapping[str, Any]) -> Mask:
+def to_additive(
+    implementation: str, mask: Any, query: Tensor, key: Tensor, module: nn.Module, kwargs: Mapping[str, Any]
+) -> Mask:
     """The additive equivalent of a mask made for `implementation`.
 
     query: (batch, head, query, d_head), key: (batch, kv_head, key, d_head), both as the core gets them.

@@ -14,7 +14,7 @@ from torch import nn
 from surgery.anatomy import Anatomy, Attention, find_anatomy
 from surgery.classes import SurgicalAttention, SurgicalOwner, attach, attention_class, owner_class
 from surgery.core import Plan, Probe, Session, Surgery, sample_arguments
-from surgery.errors import NotFiredWarning, ParityError, PatchError, SpecError, SurgeryError, describe, listing
+from surgery.errors import NotFiredWarning, ParityError, PatchError, SpecError, describe, listing
 from surgery.lower import lower, on_meta
 from surgery.rewrite import Rewriter
 from surgery.spec import Freeze, Spec
@@ -25,7 +25,7 @@ Kernel = Literal["auto", "eager"]
 KERNELS = ("auto", "eager")
 
 
-def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", strict: bool = True, self_test: bool = False) -> Model:
+def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", strict: bool = True) -> Model:
     """Rewrites the attention modules of a transformers model, in place, and cuts what the spec says.
 
     model: any PreTrainedModel (or module that holds one). Patching a patched model replaces its cuts.
@@ -35,17 +35,12 @@ def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", stri
       computes every module by the reconstruction of its family's eager attention, equal bit for bit to the model loaded
       with attn_implementation="eager".
     strict: raise for attention that cannot be patched; False warns once and leaves those modules as they are.
-    self_test: run the model on its dummy inputs before and after, and prove no-op equality and that each edit acts.
     Returns the same model object. Raises SpecError, NoMatchError, UnsupportedArchitectureError or PatchError, each listing
     all problems, with the model left exactly as it was.
     """
     spec = as_spec(spec)
     if kernel not in KERNELS:
         raise SpecError(describe("patch_model", f"kernel={kernel!r}", ", ".join(map(repr, KERNELS)), "Use one of these."))
-    if self_test:
-        from surgery.selftest import self_test as run
-
-        run(model, spec, kernel, strict)
     _apply(model, spec, kernel, strict, {})
     return model
 
@@ -117,12 +112,16 @@ def anatomy_of(model: nn.Module, strict: bool = True) -> Anatomy:
 
 
 @contextmanager
-def probed(model: nn.Module, probes: Mapping[str, Sequence[Probe]]) -> Iterator[None]:
-    """Within the block, probes (by address) watch the model with whatever cuts it has."""
+def probed(
+    model: nn.Module, probes: Mapping[str, Sequence[Probe]], kernel: str | None = None, strict: bool = True
+) -> Iterator[None]:
+    """Within the block, probes (by address) watch the model, with whatever cuts and probes it has already."""
     session = session_of(model)
-    spec, kernel = (session.spec, session.kernel) if session is not None else (Spec(), "auto")
+    spec, own_kernel = (session.spec, session.kernel) if session is not None else (Spec(), "auto")
+    before = _probes(model)
+    together = {address: [*before.get(address, ()), *probes.get(address, ())] for address in {**before, **probes}}
     with _restored(model):
-        _apply(model, spec, kernel, True, probes)
+        _apply(model, spec, kernel or own_kernel, strict, together)
         yield
 
 
@@ -152,7 +151,12 @@ def _probes(model: nn.Module) -> dict[str, Sequence[Probe]]:
 
 
 def _apply(
-    model: nn.Module, spec: Spec, kernel: str, strict: bool, probes: Mapping[str, Sequence[Probe]], session: Session | None = None
+    model: nn.Module,
+    spec: Spec,
+    kernel: str,
+    strict: bool,
+    probes: Mapping[str, Sequence[Probe]],
+    session: Session | None = None,
 ) -> None:
     """Plans and checks the whole model, then swaps."""
     anatomy = anatomy_of(model, strict)
@@ -220,7 +224,9 @@ def _restore(module: Any) -> None:
     base = module._surgery_base
     if type(module) not in (attention_class(base), owner_class(base)):
         raise PatchError(
-            describe("unpatch_model", f"a module of class {type(module).__name__}", base.__name__, "Undo what changed its class.")
+            describe(
+                "unpatch_model", f"a module of class {type(module).__name__}", base.__name__, "Undo what changed its class."
+            )
         )
     _set_class(module, base)
     del module.__dict__["_surgery"]
@@ -314,5 +320,3 @@ def _warn_silent(addresses: Sequence[str]) -> None:
             NotFiredWarning,
             stacklevel=4,
         )
-
-

@@ -181,7 +181,9 @@ _CONFIG_CLASSES: dict[type, type] = {}
 def _config_class(cls: type) -> type:
     if cls not in _CONFIG_CLASSES:
         implementation = property(lambda self: IMPLEMENTATION)
-        _CONFIG_CLASSES[cls] = type(cls.__name__, (cls,), {"_attn_implementation": implementation, "__module__": cls.__module__})
+        _CONFIG_CLASSES[cls] = type(
+            cls.__name__, (cls,), {"_attn_implementation": implementation, "__module__": cls.__module__}
+        )
     return _CONFIG_CLASSES[cls]
 
 

@@ -222,7 +222,9 @@ def _point(graph: fx.Graph, at: fx.Node, site: str, node: fx.Node) -> fx.Node:
 
 def _insert_points(function: Callable[..., Any], graph: fx.Graph, at: fx.Node) -> None:
     """Finds softmax(scores) and pattern @ v, and puts the points scores, pattern and z there."""
-    named = {n: str(n.target).rpartition(".")[2] if n.op == "call_method" else getattr(n.target, "__name__", "") for n in graph.nodes}
+    named = {
+        n: str(n.target).rpartition(".")[2] if n.op == "call_method" else getattr(n.target, "__name__", "") for n in graph.nodes
+    }
     softmaxes = [n for n in graph.nodes if named[n] in _NORMS]
     products = [n for n in graph.nodes if named[n] in _PRODUCTS]
     if len(softmaxes) != 1 or len(products) != 2:

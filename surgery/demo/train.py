@@ -4,13 +4,14 @@ Run as `python -m surgery.demo.train --out DIR --seed N`. With the default argum
 model stored in `surgery/demo/model`. It runs on one CPU thread with its own random generators, so the same
 seed and library versions give the same weights on the same kind of machine.
 
-The task is to predict the second copy of a random segment (see `surgery.demo.data`). Two choices make the
-circuit crisp, with one previous-token head in layer 0 and one induction head in layer 1, rather than shared
-among heads:
+The task is to predict the second copy of a random segment (see `surgery.demo.data`). Its length differs between
+the sequences of a batch, so that no fixed distance solves it. Left alone, the training spreads each of the two
+jobs (previous token, induction) over several heads. Three things concentrate it into one head per layer:
 
-* the segment length differs between the sequences of a batch, so that no fixed distance solves the task;
-* a penalty on the size of each head's output, the sum over heads of its root mean square over positions.
-  Like a group lasso, it charges two heads that share a job more than one head that does it alone.
+* a penalty on the effective number of heads that write to the residual stream in each layer (`spare_heads`);
+* a penalty on the entropy of the patterns of the heads that do write (`attention_entropy`), without which the
+  previous-token head also looks at the tokens next to the previous one;
+* strong weight decay, which takes their patterns from the heads that write nothing.
 """
 
 from __future__ import annotations
@@ -52,22 +53,21 @@ class Recipe:
     batch: int = 32  # sequences per step
     learning_rate: float = 2e-3  # peak, after the warm-up; falls to 0 along a cosine
     warmup: int = 200  # steps
-    weight_decay: float = 0.1  # AdamW's, on the weight matrices
-    adam_eps: float = 1e-6
-    head_penalty: float = 0.4  # nats per unit of spare head, see `HeadSizes`
-    entropy_penalty: float = 0.05  # nats per nat of mean attention entropy
-    penalty_from: float = 0.08  # share of the steps after which the penalty starts to rise
-    penalty_full: float = 0.4  # share of the steps after which it has its full size
+    weight_decay: float = 0.5  # AdamW's, on the weight matrices
+    adam_eps: float = 1e-5  # large, so that heads with nearly no gradient decay instead of drifting
+    head_penalty: float = 0.4  # nats per spare head, see `spare_heads`
+    entropy_penalty: float = 0.05  # nats per nat of mean entropy, see `attention_entropy`
+    penalty_from: float = 0.08  # share of the steps after which both penalties start to rise
+    penalty_full: float = 0.4  # share of the steps after which they have their full size
     first_copy_weight: float = 0.1  # of an unpredictable position in the loss; a predictable one counts 1
     min_segment: int = 8  # tokens
     max_segment: int = 30  # tokens
-    attention_bias: bool = True
     vocab: int = 64  # ids, BOS included
-    n_positions: int = 64
+    n_positions: int = 64  # at least 1 + 2 * max_segment
     n_layer: int = 2
     n_head: int = 4
     d_model: int = 64
-    d_mlp: int = 64
+    d_mlp: int = 64  # width of the gated MLP
     initializer_range: float = 0.08
 
 
@@ -75,8 +75,8 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
     """An untrained Llama of the recipe's size, its weights drawn from torch's global generator.
 
     Rotary positions leave no position in the residual stream. With learned position embeddings, as in GPT-2,
-    some seeds learn another circuit: fetch the position of the token's earlier occurrence, then look up the
-    position after it, with no previous-token head.
+    several trial runs solved the task without a previous-token head, presumably by fetching the position of the
+    token's earlier occurrence and then looking up the position after it.
     """
     config = LlamaConfig(
         vocab_size=recipe.vocab,
@@ -85,7 +85,7 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
         intermediate_size=recipe.d_mlp,
         num_hidden_layers=recipe.n_layer,
         num_attention_heads=recipe.n_head,
-        attention_bias=recipe.attention_bias,
+        attention_bias=False,
         attention_dropout=0.0,
         tie_word_embeddings=False,
         initializer_range=recipe.initializer_range,
@@ -105,9 +105,7 @@ class HeadSizes:
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.n_head: int = model.config.num_attention_heads
         self.sizes: list[torch.Tensor] = []  # per layer, of shape (n_head,)
-        self.handles = [
-            layer.self_attn.o_proj.register_forward_pre_hook(self._measure) for layer in model.model.layers
-        ]
+        self.handles = [layer.self_attn.o_proj.register_forward_pre_hook(self._measure) for layer in model.model.layers]
 
     def _measure(self, o_proj: torch.nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
         z = args[0]  # (batch, positions, d_model): the heads side by side
@@ -123,27 +121,39 @@ class HeadSizes:
         for handle in self.handles:
             handle.remove()
 
-    def spare_heads(self) -> torch.Tensor:
-        """Effective number of heads beyond one, summed over layers (a scalar); forgets the measured sizes.
-
-        The effective number of a layer's heads is (sum of sizes)^2 / (sum of squared sizes): n_head if all are
-        of one size, 1 if a single head writes. It does not change with the overall size.
-        """
-        sizes = torch.stack(self.sizes)  # (n_layer, n_head)
+    def take(self) -> torch.Tensor:
+        """The sizes measured in the last forward pass, (n_layer, n_head); forgets them."""
+        sizes = torch.stack(self.sizes)
         self.sizes.clear()
-        return (sizes.sum(1).square() / sizes.square().sum(1) - 1).sum()
+        return sizes
 
 
-def attention_entropy(attentions: tuple[torch.Tensor, ...], used: torch.Tensor) -> torch.Tensor:
-    """Mean entropy of the attention patterns, in nats (a scalar).
+def spare_heads(sizes: torch.Tensor) -> torch.Tensor:
+    """Effective number of heads beyond one, summed over layers (a scalar).
+
+    The effective number of a layer's heads is (sum of sizes)^2 / (sum of squared sizes): n_head if all are
+    of one size, 1 if a single head writes. It does not change with the overall size.
+
+    Args:
+        sizes: (n_layer, n_head), from `HeadSizes`.
+    """
+    return (sizes.sum(1).square() / sizes.square().sum(1) - 1).sum()
+
+
+def attention_entropy(attentions: tuple[torch.Tensor, ...], sizes: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Mean entropy of the attention patterns, in nats per layer (a scalar).
+
+    The heads of a layer count by their share of its output, so that heads which write nothing are left alone
+    and lose their patterns to the weight decay.
 
     Args:
         attentions: per layer, probabilities of shape (batch, n_head, positions, positions), keys last.
+        sizes: (n_layer, n_head) head sizes; no gradient flows into them.
         used: (batch, positions), False at the query positions to leave out.
     """
-    probabilities = torch.cat(attentions, dim=1)
-    entropy = torch.special.entr(probabilities + 1e-9).sum(-1).mean(1)
-    return entropy[used].mean()
+    shares = sizes.detach() / sizes.detach().sum(1, keepdim=True)
+    entropy = torch.special.entr(torch.stack(attentions) + 1e-9).sum(-1)  # (n_layer, batch, n_head, positions)
+    return (torch.einsum("lbhq,lh->lbq", entropy, shares) * used).sum() / (used.sum() * len(attentions))
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,9 +182,9 @@ def position_weights(lengths: torch.Tensor, n_predictions: int, first_copy_weigh
 
 
 def penalty_share(recipe: Recipe, step: int) -> float:
-    """Share of the penalties that counts at a step: 0 at first, then rising in a line, then 1.
+    """Share of the penalties that counts at a step: 0 at first, then rising linearly, then 1.
 
-    From the first step on, they would pick heads and patterns before anything is learned.
+    They come in late so that the task, not they, decides which circuit forms.
     """
     rise = (step / recipe.steps - recipe.penalty_from) / (recipe.penalty_full - recipe.penalty_from)
     return min(max(rise, 0.0), 1.0)
@@ -205,10 +215,12 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
         output = model(ids, use_cache=False, output_attentions=True)
         losses, _ = token_losses(output.logits, ids)
         weights = position_weights(lengths, losses.shape[1], recipe.first_copy_weight)
-        spare_heads = head_sizes.spare_heads()
-        entropy = attention_entropy(output.attentions, torch.arange(ids.shape[1]) <= 2 * lengths[:, None])
+        sizes = head_sizes.take()
+        spare = spare_heads(sizes)
+        entropy = attention_entropy(output.attentions, sizes, torch.arange(ids.shape[1]) <= 2 * lengths[:, None])
+        penalty = recipe.head_penalty * spare + recipe.entropy_penalty * entropy
         loss = (losses * weights).sum() / weights.sum()
-        loss = loss + penalty_share(recipe, step) * (recipe.head_penalty * spare_heads + recipe.entropy_penalty * entropy)
+        loss = loss + penalty_share(recipe, step) * penalty
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -216,7 +228,7 @@ def train(recipe: Recipe) -> LlamaForCausalLM:
         scheduler.step()
         if step % 100 == 0:
             second = losses.detach()[weights == 1].mean().item()
-            bar.set_postfix(second_copy_nats=f"{second:.3f}", spare_heads=f"{spare_heads.item():.2f}")
+            bar.set_postfix(second_copy_nats=f"{second:.3f}", spare_heads=f"{spare.item():.2f}")
     head_sizes.detach()
     return model.eval()
 

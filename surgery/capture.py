@@ -1,0 +1,119 @@
+"""Seeing activations at any site, without hooks: `with capture(model, ["pattern"], layers=[3]) as run: model(**inputs)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.anatomy import Anatomy, Attention
+from surgery.core import Probe
+from surgery.errors import NoMatchError, SpecError, describe, listing
+from surgery.patch import Kernel, anatomy_of, probed
+from surgery.reference import Entry, Reference
+from surgery.sites import SITES
+from surgery.spec import Edit
+
+
+class Run:
+    """What `capture` saw. `run[address, site]` is the tensor of the last forward, with the shapes of `surgery.sites`.
+
+    Addresses may be layer numbers, as in a spec. Usable as `Freeze(..., to=run)` and `Edit(..., "activation", reference=run)`.
+    """
+
+    def __init__(self, anatomy: Anatomy, wanted: Sequence[tuple[str, str, tuple[int, ...] | None]], detach: bool) -> None:
+        self._anatomy, self._detach = anatomy, detach
+        self._steps: dict[tuple[str, str], list[Tensor]] = {(address, site): [] for address, site, _ in wanted}
+        self._heads = {(address, site): heads for address, site, heads in wanted}
+
+    def _take(self, key: tuple[str, str], tensor: Tensor) -> None:
+        self._steps[key].append(tensor.detach() if self._detach else tensor)
+
+    def __getitem__(self, key: tuple[str | int, str]) -> Tensor:
+        """(batch, head, .., ..). Raises NoMatchError if that was not asked for, or has not run."""
+        return self.steps(*key)[-1]
+
+    def steps(self, address: str | int, site: str) -> list[Tensor]:
+        """The tensors of every forward in the block, in order: one per decoding step, for example."""
+        key = (self._anatomy[address].address, site)
+        if not self._steps.get(key):
+            found = ", ".join(f"{a} {s}" for a, s in self) or "nothing"
+            state = "asked for, but no forward came there" if key in self._steps else "not asked for"
+            raise NoMatchError(
+                describe(
+                    f"run[{address!r}, {site!r}]", f"it was {state}; captured: {found}", "a captured site", "Add it to capture."
+                )
+            )
+        return self._steps[key]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return (key for key, tensors in self._steps.items() if tensors)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def items(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """((address, site), tensor of the last forward)."""
+        return ((key, self._steps[key][-1]) for key in self)
+
+    def reference(self) -> Reference:
+        """The last forward's activations as replacement values for another run."""
+        entries = {key: Entry(tensor.detach(), None, self._heads[key]) for key, tensor in self.items()}
+        return Reference("activation", entries, self._anatomy.fingerprint)
+
+    def __repr__(self) -> str:
+        rows = [f"  {a} {s}: {tuple(t.shape)}" for (a, s), t in self.items()]
+        return "\n".join([f"Run of {self._anatomy.model_class}, {len(rows)} captured", *rows])
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    sites: Sequence[str] | str,
+    layers: Any = "all",
+    heads: Any = "all",
+    *,
+    detach: bool = False,
+    kernel: Kernel | None = None,
+    strict: bool = True,
+) -> Iterator[Run]:
+    """Captures sites in every forward of the block, with whatever cuts the model has; the model is then as before.
+
+    sites: names of `surgery.sites.SITES`, seen after the cuts made there. layers, heads: as in a spec; with heads given, k and
+    v are what each of these query heads reads, with "all" they have one row per kv head.
+    Only scores and pattern need the attention matrix: where the module's kernel is fused it is computed beside it for the
+      wanted heads, and outputs stay equal bit for bit. All else is seen in the module's own kernel.
+    detach: cut the captured tensors off from autograd; by default they are part of the graph.
+    kernel: None leaves the kernel as it is; "eager" reconstructs every module, which puts captured scores and patterns on the
+      path to the output: needed for gradients with respect to them.
+    Warns (NotFiredWarning) of attentions that the block's forwards never ran. Raises SpecError and NoMatchError for
+    selections that do not exist, and what patch_model raises.
+    """
+    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    anatomy = anatomy_of(model, strict)
+    # The same checks as an edit of the same selection.
+    checked = [Edit(site, "identity", layers=layers, heads=heads) for site in sites]
+    if not checked:
+        raise SpecError(describe("capture", "no sites", "at least one", f"Choose from {', '.join(SITES)}."))
+    attentions, chosen = anatomy.select(checked[0].layers, "capture"), checked[0].heads
+    if problems := [p for a in attentions for site in sites for p in _problems(a, site, chosen)]:
+        raise SpecError(listing("capture", problems))
+    wanted = [(a.address, site, None if chosen == "all" else chosen) for a in attentions for site in sites]
+    run = Run(anatomy, wanted, detach)
+    probes: dict[str, list[Probe]] = {}
+    for address, site, numbers in wanted:
+        probes.setdefault(address, []).append(Probe(site, numbers, lambda t, key=(address, site): run._take(key, t)))
+    with probed(model, probes, kernel, strict):
+        yield run
+
+
+def _problems(attention: Attention, site: str, heads: Any) -> Iterator[str]:
+    what = f"{attention.address} ({attention.path!r})"
+    if heads != "all" and (beyond := [head for head in heads if head >= attention.heads]):
+        yield describe(what, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")
+    name = {"q": "q", "k": "k", "result": "o"}.get(site)
+    if name is not None and name not in attention.projections:
+        instead = {"q": "rot_q", "k": "rot_k", "result": "z"}[site]
+        yield describe(what, f"site {site!r}: {attention.why[name]}", "a site that exists", f"Use site {instead!r}.")

@@ -1,0 +1,127 @@
+"""What a model's attention looks like and what has been done to it, as a table for people and as data."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from surgery.anatomy import Attention
+from surgery.classes import SurgicalAttention, describe_cuts
+from surgery.patch import anatomy_of, session_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention. heads and kv_heads: counts; fusion: "q | k | v" for separate projections, "q+k+v" for one matrix.
+
+    kernel: the implementation in use, and how many heads are reconstructed; cuts: in words; runs: forwards since patching
+    (None if not patched).
+    """
+
+    address: str
+    path: str
+    attention: str
+    heads: int
+    kv_heads: int
+    d_head: int
+    projections: str
+    fusion: str
+    kernel: str
+    cuts: str
+    runs: int | None
+
+
+class Inspection:
+    """The rows of `inspect_model`. `print` shows a table; `.rows`, `.as_dicts()` and `.to_frame()` are the data."""
+
+    def __init__(self, model_class: str, rows: tuple[Row, ...], unsupported: tuple[str, ...]) -> None:
+        self.model_class, self.rows, self.unsupported = model_class, rows, unsupported
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, address: str | int) -> Row:
+        """The row of an address or position in the table. Raises KeyError."""
+        if isinstance(address, int):
+            return self.rows[address]
+        return {row.address: row for row in self.rows}[address]
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
+
+    def to_frame(self) -> Any:
+        """The rows as a pandas DataFrame (needs pandas)."""
+        import pandas as pd
+
+        return pd.DataFrame(self.as_dicts())
+
+    def table(self) -> Table:
+        """The rows as a rich table."""
+        table = Table(title=f"Attention of {self.model_class}", title_justify="left")
+        for name in ("address", "class", "heads / kv", "d_head", "projections", "fused", "kernel", "cuts", "runs"):
+            table.add_column(name, overflow="fold")
+        for r in self.rows:
+            runs = "" if r.runs is None else str(r.runs)
+            cells = (r.address, r.attention, f"{r.heads} / {r.kv_heads}", str(r.d_head), r.projections, r.fusion, r.kernel)
+            table.add_row(*cells, r.cuts, runs)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=140, color_system=None)
+        console.print(self.table())
+        for line in self.unsupported:
+            console.print(f"left as it is: {line}")
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        names = [f.name for f in fields(Row)]
+        head = "".join(f"<th>{name}</th>" for name in names)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(row[name]))}</td>" for name in names) + "</tr>" for row in self.as_dicts()
+        )
+        return f"<table><caption>Attention of {self.model_class}</caption><tr>{head}</tr>{body}</table>"
+
+
+def inspect_model(model: nn.Module, *, strict: bool = False) -> Inspection:
+    """What attention a model has and what is done to it; the model may be patched or not, and is not changed.
+
+    strict: raise UnsupportedArchitectureError for attention that cannot be patched; by default it is listed below the table.
+    Raises NoMatchError for a model without attention.
+    """
+    anatomy = anatomy_of(model, strict)
+    is_patched = session_of(model) is not None
+    rows = tuple(_row(attention, is_patched) for attention in anatomy)
+    return Inspection(anatomy.model_class, rows, anatomy.unsupported)
+
+
+def _row(attention: Attention, is_patched: bool) -> Row:
+    module: Any = attention.module
+    surgery = module._surgery if is_patched and isinstance(module, SurgicalAttention) else None
+    implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None) or "eager"
+    names = {p.name: None for site in "qkvo" if (p := attention.projections.get(site)) is not None}
+    names.update(dict.fromkeys(attention.recording.projections))
+    return Row(
+        address=", ".join(attention.addresses),
+        path=attention.path,
+        attention=attention.class_name,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        d_head=attention.d_head,
+        projections=", ".join(names),
+        fusion=attention.fusion,
+        kernel=implementation if surgery is None else surgery.kernel_in_use,
+        cuts="" if surgery is None else describe_cuts(surgery),
+        runs=None if surgery is None else surgery.session.runs.get(surgery.address, 0),
+    )
