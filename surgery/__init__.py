@@ -1,30 +1,40 @@
-"""Attention surgery: rewrite the attention of Hugging Face models and cut its QK and OV circuits, without hooks."""
+"""Attention surgery: rewrite the attention of Hugging Face models and cut its QK and OV circuits, without hooks.
 
-from surgery.anatomy import find_anatomy as find_anatomy
-from surgery.capture import Run as Run
-from surgery.capture import capture as capture
-from surgery.collect import collect_reference as collect_reference
-from surgery.errors import CacheError as CacheError
-from surgery.errors import MaskError as MaskError
-from surgery.errors import NoMatchError as NoMatchError
-from surgery.errors import NotFiredWarning as NotFiredWarning
-from surgery.errors import ParityError as ParityError
-from surgery.errors import PatchError as PatchError
-from surgery.errors import SpecError as SpecError
-from surgery.errors import SurgeryError as SurgeryError
-from surgery.errors import UnsupportedArchitectureError as UnsupportedArchitectureError
-from surgery.family import Family as Family
-from surgery.family import register_patch as register_patch
-from surgery.inspection import inspect_model as inspect_model
-from surgery.interface import attend as attend
-from surgery.patch import freeze_ov_circuit as freeze_ov_circuit
-from surgery.patch import freeze_qk_circuit as freeze_qk_circuit
-from surgery.patch import patch_model as patch_model
-from surgery.patch import patched as patched
-from surgery.patch import unpatch_model as unpatch_model
-from surgery.reference import Reference as Reference
-from surgery.selftest import self_test as self_test
-from surgery.sites import SITES as SITES
-from surgery.spec import Edit as Edit
-from surgery.spec import Freeze as Freeze
-from surgery.spec import Spec as Spec
+The public names are listed in `surgery.public`.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.public import *  # noqa: F403 (the list of names is there)
+
+
+class _Package(ModuleType):
+    """Loads the public names when one is first used: torch and transformers take seconds, which `surgery --help` need not."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__all__":
+            return [public for public in vars(import_module("surgery.public")) if not public.startswith("_")]
+        if not name.startswith("_"):
+            public = import_module("surgery.public")
+            if name in vars(public) or name in vars(self):
+                return vars(public).get(name, vars(self).get(name))
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.__all__})
+
+    @property
+    def capture(self) -> Any:
+        """The function. Importing the module of the same name would put that in its place."""
+        return vars(import_module("surgery.public"))["capture"]
+
+    @capture.setter
+    def capture(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

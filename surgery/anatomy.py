@@ -86,7 +86,8 @@ class Attention:
         return " | ".join("+".join(sites) for sites in groups.values())
 
     def __repr__(self) -> str:
-        return f"Attention({self.address}, {self.class_name} at {self.path!r}, {self.heads}/{self.kv_heads} heads, d_head {self.d_head})"
+        heads = f"{self.heads} heads over {self.kv_heads} kv heads, d_head {self.d_head}"
+        return f"Attention({self.address}: {self.class_name} at {self.path!r}, {heads})"
 
 
 @dataclass(frozen=True)

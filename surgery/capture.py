@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,8 +61,18 @@ class Run:
 
     def reference(self) -> Reference:
         """The last forward's activations as replacement values for another run."""
-        entries = {key: Entry(tensor.detach(), None, self._heads[key]) for key, tensor in self.items()}
+        entries = {key: self._entry(key, tensor.detach()) for key, tensor in self.items()}
         return Reference("activation", entries, self._anatomy.fingerprint)
+
+    def _entry(self, key: tuple[str, str], tensor: Tensor) -> Entry:
+        """Rows as a reference has them: at v one per query head, at k one per kv head."""
+        attention, (_, site), heads = self._anatomy[key[0]], key, self._heads[key]
+        if site == "v" and heads is None:
+            tensor = tensor.repeat_interleave(attention.heads // tensor.shape[1], 1)
+        elif site == "k" and heads is not None:
+            rows = {head // attention.group_size: row for row, head in enumerate(heads)}
+            tensor, heads = tensor[:, list(rows.values())], tuple(rows)
+        return Entry(tensor, None, heads)
 
     def __repr__(self) -> str:
         rows = [f"  {a} {s}: {tuple(t.shape)}" for (a, s), t in self.items()]
@@ -104,7 +115,7 @@ def capture(
     run = Run(anatomy, wanted, detach)
     probes: dict[str, list[Probe]] = {}
     for address, site, numbers in wanted:
-        probes.setdefault(address, []).append(Probe(site, numbers, lambda t, key=(address, site): run._take(key, t)))
+        probes.setdefault(address, []).append(Probe(site, numbers, functools.partial(run._take, (address, site))))
     with probed(model, probes, kernel, strict):
         yield run
 

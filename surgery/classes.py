@@ -54,13 +54,13 @@ class SurgicalOwner(Surgical):
     _surgery: dict[str, Tap]
 
 
-def _rebuild(maker: str, base: type[nn.Module]) -> nn.Module:
+def _rebuild(maker: str, base: Any) -> nn.Module:
     cls = {"attention_class": attention_class, "owner_class": owner_class}[maker](base)
     return cls.__new__(cls)
 
 
 @functools.cache
-def attention_class(base: type[nn.Module]) -> type[nn.Module]:
+def attention_class(base: Any) -> type[nn.Module]:
     """The patched class of an attention class."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,29 +68,26 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
         if surgery.module is not self:
             attach(self)
         if not torch.compiler.is_compiling():
-            surgery.session.ran(surgery.address)
+            surgery.session.enter(surgery.address)
         surgery.enter(args, kwargs)
         if surgery.is_idle:
-            return base.forward(self, *args, **kwargs)
-        output = type(surgery.view).forward(surgery.view, *args, **kwargs)
-        surgery.leave()
+            output = base.forward(self, *args, **kwargs)
+        else:
+            output = type(surgery.view).forward(surgery.view, *args, **kwargs)
+            surgery.leave()
+        if not torch.compiler.is_compiling():
+            surgery.session.leave()
         return output
 
     def extra_repr(self: Any) -> str:
-        return ", ".join(
-            part
-            for part in (
-                base.extra_repr(self),
-                f"surgery at {self._surgery.address}: cuts {describe_cuts(self._surgery)}; kernel {self._surgery.kernel_in_use}",
-            )
-            if part
-        )
+        done = f"cuts {describe_cuts(self._surgery)}; kernel {self._surgery.kernel_in_use}"
+        return ", ".join(part for part in (base.extra_repr(self), f"surgery at {self._surgery.address}: {done}") if part)
 
     return _subclass(SurgicalAttention, base, attention_class, forward, extra_repr=extra_repr)
 
 
 @functools.cache
-def owner_class(base: type[nn.Module]) -> type[nn.Module]:
+def owner_class(base: Any) -> type[nn.Module]:
     """The patched class of a module that only calls a tapped projection."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,13 +106,13 @@ def attach(module: Any) -> None:
     """Makes the views of a module, once; they follow whatever happens to it, for they share its attributes."""
     surgery: Surgery = module._surgery
     base = module._surgery_base
-    surgery.attach(module, None, _share(_ungrouped_view(base), module))
+    surgery.attach(module, _share(_ungrouped_view(base), module))
     members = tuple(surgery.family.members.items())
     surgery.view = _share(_attention_view(base, tuple(sorted(surgery.taps)), members), module)
 
 
 def _share(cls: type, module: nn.Module) -> Any:
-    view = object.__new__(cls)
+    view: Any = object.__new__(cls)
     object.__setattr__(view, "__dict__", module.__dict__)
     return view
 

@@ -42,7 +42,7 @@ class _Moments:
 def collect_reference(
     model: nn.Module,
     data: Iterable[Any],
-    sites: Sequence[str] | str = ("rot_q", "rot_k", "z"),
+    sites: Sequence[str] | str = ("rot_q", "rot_k", "v", "z"),
     layers: Any = "all",
     *,
     per_position: bool = False,

@@ -25,7 +25,8 @@ from surgery.spec import Spec
 class Probe:
     """A request to see a site: `take(tensor)` gets (batch, head, .., ..) of the wanted heads; None for all.
 
-    At k and v, None gives one row per kv head, a choice of heads what each of these query heads reads.
+    At k and v, None gives one row per kv head (after cuts at v, per query head, for they may differ then), a choice of heads
+    what each of these query heads reads.
     """
 
     site: str
@@ -63,7 +64,8 @@ class Plan:
 class Session:
     """What the patched modules of one model share: spec, kernel, anatomy, and which of its cuts have run.
 
-    watch(operation, before, after): sees every operation act, for the self-test.
+    watch(operation, before, after): sees every operation act, for the self-test. forward: the addresses that the present
+    forward of the model has run; is_inside: one of them has not come to its end (or never will, if it raised).
     """
 
     spec: Spec = field(default_factory=Spec)
@@ -73,23 +75,34 @@ class Session:
     runs: dict[str, int] = field(default_factory=dict)
     watch: Callable[[Operation, Tensor, Tensor], None] | None = None
     report: Callable[[Sequence[str]], None] | None = None
+    forward: set[str] = field(default_factory=set)
+    is_inside: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "anatomy": None}
 
-    def ran(self, address: str) -> None:
+    def enter(self, address: str) -> None:
         """Counts a run of a module. When one runs a second time, modules that never ran were left out by a whole forward."""
-        runs = self.runs[address] = self.runs.get(address, 0) + 1
-        if runs == 2 and self.report is not None:
+        if self.is_inside:
+            self.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
+        self.runs[address] = self.runs.get(address, 0) + 1
+        if address in self.forward:
+            self.forward.clear()
             silent = sorted(self.planned - set(self.runs))
             report, self.report = self.report, None
-            if silent:
+            if silent and report is not None:
                 report(silent)
+        self.forward.add(address)
+        self.is_inside = True
+
+    def leave(self) -> None:
+        """Ends what `enter` began."""
+        self.is_inside = False
 
     @property
     def never_ran(self) -> list[str]:
         """Addresses with cuts or captures that never ran although others did."""
-        return sorted(self.planned - set(self.runs)) if self.runs else []
+        return sorted(self.planned - set(self.runs)) if self.forward and not self.is_inside else []
 
 
 class Surgery:
@@ -133,11 +146,11 @@ class Surgery:
         names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view")
         return {**self.__dict__, **dict.fromkeys(names), "where": Where(), "reached": set()}
 
-    def attach(self, module: nn.Module, view: Any, ungrouped: Any) -> None:
-        """Takes the live module and its two views: the one its forward runs on, and one without head groups."""
+    def attach(self, module: nn.Module, ungrouped: Any) -> None:
+        """Takes the live module, and its view without head groups; whoever calls sets the view that its forward runs on."""
         family = find_family(module)
         assert family is not None
-        self.module, self.view, self.ungrouped, self.family = module, view, ungrouped, family
+        self.module, self.ungrouped, self.family = module, ungrouped, family
         self.rewriter = Rewriter(family.eager, module)
         for masked in (False, True):
             # Made now, so that torch.compile never meets the tracer.
@@ -150,6 +163,11 @@ class Surgery:
         """The attention implementation that the unpatched module would run now."""
         config = self.module.__dict__.get("config")
         return getattr(config, "_attn_implementation", None) or "eager"
+
+    @property
+    def computes_as(self) -> str:
+        """The implementation whose numbers this module gives: its own, or eager where everything is reconstructed."""
+        return "eager" if self.plan.reconstruct else self.implementation
 
     @property
     def kernel_in_use(self) -> str:
@@ -190,7 +208,9 @@ class Surgery:
 
     # -- the core -------------------------------------------------------------------------------------------------------
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, implementation: str | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         """Attention with the plan's cuts; see `surgery.interface.attend` for shapes.
 
         In the module's own kernel, unless the attention matrix of some heads is needed: then these heads alone are
@@ -198,7 +218,10 @@ class Surgery:
         """
         if self.is_cross and self.needs_position:
             self.where = self.where.after_self_attention(query.shape[2])
-        implementation = self.implementation
+        elif self.where.is_cached:
+            self.where.filled = self.where.query_offset + query.shape[2]
+        if implementation is None or self.plan.reconstruct:
+            implementation = self.implementation
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
             return self._all_heads(implementation, query, key, value, attention_mask, kwargs)
         query = self.at("rot_q", query)
@@ -233,8 +256,10 @@ class Surgery:
         """What a probe gets: its heads, whether or not the kv heads are repeated by now."""
         groups = self.heads // tensor.shape[1] if held is None else 1
         if heads is None:
-            if site in ("k", "v"):
+            if site in ("k", "v") and not self.plan.of(site):
                 return tensor[:, :: tensor.shape[1] // self.kv_heads]
+            if site in ("k", "v"):
+                return tensor  # after cuts, the heads of a group may differ
             return tensor.repeat_interleave(groups, 1) if groups > 1 else tensor
         rows = [head // groups if held is None else list(held).index(head) for head in heads]
         return tensor[:, rows]
@@ -277,6 +302,8 @@ class Surgery:
         """
         mask = self._mask(implementation, query, key, attention_mask, kwargs)
         self.where.allowed = mask.allowed
+        if not self.edited_matrix_heads and "dropout" in kwargs:
+            kwargs = {**kwargs, "dropout": 0.0}  # watching must not draw random numbers
         held, graph, arguments = self._some_heads(query, key, value, mask, kwargs, groups)
         at = functools.partial(self.at, held=held, only=frozenset(MATRIX_SITES))
         z = graph(at, self.module, arguments)[0].to(output.dtype)

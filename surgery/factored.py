@@ -31,14 +31,21 @@ class FactoredMatrix:
     def __post_init__(self) -> None:
         a, b = tuple(self.A.shape), tuple(self.B.shape)
         if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
-            raise SpecError(describe("FactoredMatrix", f"factors {a} and {b}", "(..., m, r) and (..., r, n)", "Check their order."))
+            raise SpecError(
+                describe("FactoredMatrix", f"factors {a} and {b}", "(..., m, r) and (..., r, n)", "Check their order.")
+            )
         try:
             leading = torch.broadcast_shapes(a[:-2], b[:-2])
         except RuntimeError:
             leading = None
         if leading is None:
             raise SpecError(
-                describe("FactoredMatrix", f"leading axes {a[:-2]} and {b[:-2]}", "axes that broadcast", "Add an axis with [:, None].")
+                describe(
+                    "FactoredMatrix",
+                    f"leading axes {a[:-2]} and {b[:-2]}",
+                    "axes that broadcast",
+                    "Add an axis with [:, None].",
+                )
             )
         object.__setattr__(self, "A", self.A.expand(*leading, *a[-2:]))
         object.__setattr__(self, "B", self.B.expand(*leading, *b[-2:]))
@@ -67,7 +74,9 @@ class FactoredMatrix:
         leading = self.A.dim() - 2
         if given > leading:
             raise SpecError(
-                describe(f"{self!r}[...]", f"{given} indices", f"at most {leading}, of the leading axes", "Use .full() for entries.")
+                describe(
+                    f"{self!r}[...]", f"{given} indices", f"at most {leading}, of the leading axes", "Use .full() for entries."
+                )
             )
         return FactoredMatrix(self.A[index], self.B[index])
 
@@ -97,7 +106,7 @@ class FactoredMatrix:
 
         In float64, for a trace of products of Gram matrices loses half the digits where the product nearly vanishes.
         """
-        a, b = _gram(self.A), _gram(self.B.mT)
+        a, b = gram(self.A), gram(self.B.mT)
         return (a * b).sum(dim=(-2, -1)).clamp(min=0).sqrt().to(_wide(self.A).dtype)
 
     def trace(self) -> Tensor:
@@ -149,7 +158,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _gram(tensor: Tensor) -> Tensor:
+def gram(tensor: Tensor) -> Tensor:
     """(..., r, r): T^T T over the long axis, in float64 where the device has it."""
     wide = _wide(tensor) if tensor.device.type == "mps" else tensor.to(torch.float64)
     return wide.mT @ wide

@@ -57,17 +57,17 @@ class Family:
         return self.kernel(implementation) is self.eager
 
 
-_PATCHES: dict[str, Callable[[nn.Module, Family | None], Family]] = {}
+_PATCHES: dict[str, Callable[[nn.Module, Family | None], Family | None]] = {}
 
 
-def register_patch(*classes: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
+def register_patch(*classes: str) -> Callable[[Callable[..., Family | None]], Callable[..., Family | None]]:
     """Registers `describe(module, family) -> Family` for classes given as "package.module.Class".
 
     `family` is what the engine found by itself, or None. Third parties register through the entry point group
     "surgery.patches". Raises ValueError if a class is registered twice.
     """
 
-    def decorate(describe: Callable[..., Family]) -> Callable[..., Family]:
+    def decorate(describe: Callable[..., Family | None]) -> Callable[..., Family | None]:
         for name in classes:
             if name in _PATCHES and _PATCHES[name] is not describe:
                 raise ValueError(f"register_patch: {name} is already described by {_PATCHES[name].__module__}")
@@ -90,8 +90,9 @@ def load_patches() -> tuple[str, ...]:
 def find_family(module: nn.Module) -> Family | None:
     """The family of a module, or None if it is not an attention that we can reconstruct."""
     load_patches()
-    found = _interface_family(type(module))
-    for cls in type(module).__mro__:
+    own: Any = type(module)
+    found = _interface_family(own)
+    for cls in own.__mro__:
         describe = _PATCHES.get(f"{cls.__module__}.{cls.__qualname__}")
         if describe is not None:
             return describe(module, found)
@@ -99,7 +100,7 @@ def find_family(module: nn.Module) -> Family | None:
 
 
 @functools.cache
-def _interface_family(cls: type) -> Family | None:
+def _interface_family(cls: Any) -> Family | None:
     for function in _functions(cls):
         instructions = list(dis.get_instructions(function))
         for start, instruction in enumerate(instructions):
@@ -139,13 +140,14 @@ def computes_attention(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.MultiheadAttention):
         return True
-    softmax, product = _uses(type(module))
+    own: Any = type(module)
+    softmax, product = _uses(own)
     softmax = softmax or any(isinstance(child, nn.Softmax) for child in module.children())
     return softmax and product and sum(is_projection(child) for child in module.children()) >= 2
 
 
 @functools.cache
-def _uses(cls: type) -> tuple[bool, bool]:
+def _uses(cls: Any) -> tuple[bool, bool]:
     softmax = product = False
     for function in _functions(cls):
         names = set(function.__code__.co_names)

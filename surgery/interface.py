@@ -1,4 +1,4 @@
-"""The one function that a patched module's forward calls in place of a kernel."""
+"""What a patched module's forward calls in place of a kernel."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     """Attention with the module's cuts. Inline classes described in `patches/` call it from their rewritten forward.
 
     query: (batch, head, query, d_head), key and value: (batch, kv_head, key, d_head), attention_mask and kwargs as the
-    module's own implementation takes them. Returns output (batch, query, head, d_head) and attention weights or None.
+    module's own implementation takes them; the keyword `implementation` names it where a call does not run the config's.
+    Returns output (batch, query, head, d_head) and attention weights or None.
     """
-    return module._surgery.attend(query, key, value, attention_mask, **kwargs)  # type: ignore[union-attr]
+    surgery: Any = module._surgery
+    return surgery.attend(query, key, value, attention_mask, **kwargs)
+
+
+def implementation_of(module: nn.Module) -> str:
+    """The implementation that a patched module computes as: "eager" under kernel="eager", otherwise the config's."""
+    surgery: Any = module._surgery
+    return surgery.computes_as
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.cuts import TEMPLATES, TRANSFORMING, Edit
 from surgery.errors import CacheError, SpecError, describe
 from surgery.reference import Entry
 from surgery.sites import SITES
-from surgery.spec import TEMPLATES, TRANSFORMING, Edit
 
 
 @dataclass
 class Where:
     """Where in the sequence a call is. Offsets: absolute position of the first query and of the first key.
 
+    filled: number of positions that have keys by now, as a static cache has more room than that; None for all.
     allowed: boolean (batch | 1, head | 1, query, key), which keys a query may attend to; None for all, or not known.
     """
 
@@ -31,6 +32,7 @@ class Where:
     key_offset: Any = 0
     allowed: Tensor | None = None
     is_cached: bool = False
+    filled: Any = None
 
     def after_self_attention(self, n_queries: int) -> Where:
         """For cross-attention: the cache's count already holds this call's queries, as self-attention came first."""
@@ -54,15 +56,19 @@ class Heads:
         if self.range is not None:
             first, last = self.range
             return x if (first, last) == (0, x.shape[dim]) else x.narrow(dim, first, last - first)
-        assert self._index is not None
-        return x.index_select(dim, self._index.to(x.device))
+        return x.index_select(dim, self._on(x.device))
 
     def put(self, x: Tensor, new: Tensor, dim: int = 1) -> Tensor:
         if self.range is not None:
             first, last = self.range
             return new if (first, last) == (0, x.shape[dim]) else torch.slice_scatter(x, new, dim, first, last)
+        return x.index_copy(dim, self._on(x.device), new)
+
+    def _on(self, device: torch.device) -> Tensor:
         assert self._index is not None
-        return x.index_copy(dim, self._index.to(x.device), new)
+        if self._index.device != device:
+            self._index = self._index.to(device)
+        return self._index
 
 
 @dataclass
@@ -80,16 +86,21 @@ class Operation:
     noise_heads: tuple[int, ...]
     entry: Entry | None = None
     axis: Heads = field(init=False)
+    stream: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.axis = Heads(self.heads)
+        name = f"{self.edit.seed}/{self.address}/{self.site}"
+        self.stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
     @property
     def needs_position(self) -> bool:
         """Whether the result depends on the absolute position, so that the length of the cache must be known."""
         edit = self.edit
-        by_position = self.entry is not None and self.entry.value.dim() > 2
-        by_position = by_position or (isinstance(edit.value, Tensor) and edit.value.dim() > 2)
+        values = [edit.value] if self.entry is None else [self.entry.value]
+        # At scores and pattern the last axis counts keys, and two axes are query and key.
+        most = 0 if SITES[self.site].is_matrix else 2
+        by_position = any(isinstance(value, Tensor) and value.dim() > most for value in values)
         by_action = edit.action in ("noise", "previous", "diagonal") or self.is_current_mean
         return edit.positions is not None or by_action or by_position
 
@@ -114,11 +125,12 @@ class Operation:
         edit = self.edit
         transforms = edit.action in TRANSFORMING or callable(edit.action)
         value = self._value(original, where)
-        if edit.action == "identity":
-            return _with_gradient(original, original, 1.0 if edit.backward == "ste" else 1.0 - edit.strength)
         if not transforms or edit.backward != "natural":
             value = value.detach()
-        if edit.strength != 1.0:
+        if edit.action == "identity":
+            # Not a mixture in arithmetic: the forward is unchanged to the last bit.
+            value = _with_gradient(original, original, 1.0 - edit.strength)
+        elif edit.strength != 1.0:
             value = (1.0 - edit.strength) * original + edit.strength * value
         keep = self._where(original, where)
         if keep is not None:
@@ -134,12 +146,20 @@ class Operation:
             positions = _positions(original, where.offset(self.site))
             chosen = torch.tensor(self.edit.positions, device=original.device)
             keep = (positions[:, None] == chosen[None, :]).any(dim=1)[:, None]
-        if SITES[self.site].is_matrix and not callable(self.edit.action) and where.allowed is not None:
-            allowed = where.allowed if where.allowed.shape[1] == 1 else Heads(self.heads).take(where.allowed)
+        allowed = self._allowed(where)
+        # A pattern to zero is zero also in rows where everything is masked: then it is the same as z = 0.
+        everywhere = callable(self.edit.action) or (self.edit.action == "zero" and self.site == "pattern")
+        if allowed is not None and not everywhere:
             if self.edit.action in TEMPLATES:
                 allowed = allowed.any(dim=-1, keepdim=True)  # a row without any allowed key stays as the kernel left it
             keep = allowed if keep is None else keep & allowed
         return keep
+
+    def _allowed(self, where: Where) -> Tensor | None:
+        """At scores and pattern, what the mask allows these heads; None for everything."""
+        if not SITES[self.site].is_matrix or where.allowed is None or where.allowed.shape[1] == 1:
+            return where.allowed if SITES[self.site].is_matrix else None
+        return self.axis.take(where.allowed)
 
     def _value(self, original: Tensor, where: Where) -> Tensor:
         action = self.edit.action
@@ -172,7 +192,7 @@ class Operation:
         if self.entry is not None:
             return self._broadcast(self._rows(self.entry.value), original, where).expand_as(original)
         self._refuse_decoding(where)
-        allowed = where.allowed if SITES[self.site].is_matrix else None
+        allowed = self._allowed(where)
         if allowed is None:
             return original.mean(dim=(0, 2), keepdim=True).expand_as(original)
         allowed = allowed.expand_as(original)
@@ -180,13 +200,12 @@ class Operation:
         return (total / allowed.sum(dim=(0, 2), keepdim=True).clamp(min=1)).expand_as(original)
 
     def _by_noise(self, original: Tensor, where: Where) -> Tensor:
-        batch, heads, length, width = original.shape
+        heads, width = original.shape[1], original.shape[3]
         positions = _positions(original, where.offset(self.site))
         columns = torch.arange(width, device=original.device)
         if SITES[self.site].is_matrix:
             columns = columns + where.key_offset
-        stream = int.from_bytes(hashlib.sha256(f"{self.edit.seed}/{self.address}/{self.site}".encode()).digest()[:7], "big")
-        numbers = [stream + (1 << 40) * head for head in self.noise_heads]
+        numbers = [self.stream + (1 << 40) * head for head in self.noise_heads]
         noise = torch.stack([gaussian(number, positions, columns) for number in numbers]).to(original.dtype)[None]
         noise = noise if noise.shape[1] == heads else noise[:, :heads]
         mean, spread = self._moments(original, where)
@@ -198,10 +217,11 @@ class Operation:
             return self.edit.value
         if self.entry is not None:
             assert self.entry.spread is not None
-            return tuple(self._broadcast(self._rows(t), original, where) for t in (self.entry.value, self.entry.spread))  # type: ignore[return-value]
-        if SITES[self.site].is_matrix and where.allowed is not None:
+            mean, spread = self._rows(self.entry.value), self._rows(self.entry.spread)
+            return self._broadcast(mean, original, where), self._broadcast(spread, original, where)
+        if (allowed := self._allowed(where)) is not None:
             # Masked entries hold the dtype's minimum and would drown the others.
-            allowed = where.allowed.expand_as(original)
+            allowed = allowed.expand_as(original)
             count = allowed.sum(dim=-1, keepdim=True).clamp(min=1)
             mean = torch.where(allowed, original, 0).sum(dim=-1, keepdim=True) / count
             square = torch.where(allowed, (original - mean) ** 2, 0).sum(dim=-1, keepdim=True) / count
@@ -211,12 +231,13 @@ class Operation:
     def _by_activation(self, original: Tensor, where: Where) -> Tensor:
         assert self.entry is not None
         value = self._rows(self.entry.value, dim=1)
-        if value.shape[0] not in (1, original.shape[0]) or value.shape[-1] != original.shape[-1]:
+        width = None if SITES[self.site].is_matrix else original.shape[-1]
+        if value.shape[0] not in (1, original.shape[0]) or width not in (None, value.shape[-1]):
             raise SpecError(
                 describe(
                     f"cut {self.number} at {self.address} {self.site}",
-                    f"captured activations {tuple(value.shape)} for a batch of {original.shape[0]} and width {original.shape[-1]}",
-                    "the same batch (or one row) and the same width",
+                    f"captured activations of shape {tuple(value.shape)}",
+                    f"batch {original.shape[0]} (or 1) and width {original.shape[-1]}",
                     "Capture from a run with inputs of the same shape.",
                 )
             )
@@ -237,9 +258,10 @@ class Operation:
         return original.roll(1 + self.edit.seed % (batch - 1), dims=0)
 
     def _by_uniform(self, original: Tensor, where: Where) -> Tensor:
-        if where.allowed is None:
+        allowed = self._allowed(where)
+        if allowed is None:
             return torch.full_like(original, 1.0 / original.shape[-1])
-        share = where.allowed.to(original.dtype)
+        share = allowed.to(original.dtype)
         return (share / share.sum(dim=-1, keepdim=True).clamp(min=1)).expand_as(original)
 
     def _by_diagonal(self, original: Tensor, where: Where) -> Tensor:
@@ -249,20 +271,24 @@ class Operation:
         return self._one_hot(original, where, 1)
 
     def _by_first(self, original: Tensor, where: Where) -> Tensor:
-        if where.allowed is None:
+        allowed = self._allowed(where)
+        if allowed is None:
             target = torch.zeros(original.shape[2], dtype=torch.long, device=original.device)
             return _rows_one_hot(target[None, None], original).expand_as(original)
-        return _rows_one_hot(where.allowed.int().argmax(dim=-1), original).expand_as(original)
+        return _rows_one_hot(allowed.int().argmax(dim=-1), original).expand_as(original)
 
     def _one_hot(self, original: Tensor, where: Where, back: int) -> Tensor:
-        """All attention `back` positions back, or on the query's own position where that one may not be attended to."""
+        """All attention `back` positions back, or on the query's own position where that one may not be attended to.
+
+        A row that may attend to neither stays as it is.
+        """
         queries = _positions(original, where.query_offset) - where.key_offset
         own = queries.clamp(0, original.shape[-1] - 1)
         target = (queries - back).clamp(0, original.shape[-1] - 1)
         pattern = _rows_one_hot(target[None, None], original)
-        if where.allowed is not None:
-            may = (pattern.bool() & where.allowed).any(dim=-1, keepdim=True)
-            pattern = torch.where(may, pattern, _rows_one_hot(own[None, None], original))
+        if (allowed := self._allowed(where)) is not None:
+            for fallback in (_rows_one_hot(own[None, None], original), original):
+                pattern = torch.where((pattern.bool() & allowed).any(dim=-1, keepdim=True), pattern, fallback)
         return pattern.expand_as(original)
 
     def _call(self, original: Tensor) -> Tensor:
@@ -289,7 +315,8 @@ class Operation:
         """The rows of a reference that belong to this operation's heads."""
         held = self.entry.heads if self.entry is not None and self.entry.heads is not None else range(value.shape[dim])
         rows = {head: i for i, head in enumerate(held)}
-        return Heads([rows[head] for head in self.heads]).take(value, dim)
+        taken = Heads([rows[head] for head in self.heads]).take(value, dim)
+        return taken if taken.dim() > 2 else taken[:, None, :]
 
     def _broadcast(self, value: Tensor, original: Tensor, where: Where) -> Tensor:
         """A value of 0 to 4 axes, aligned with (batch, head, position, d) and cut to the positions of this call.
@@ -297,23 +324,37 @@ class Operation:
         (d,), (head, d) [(query, key) at scores and pattern], (head, position, d), (batch, head, position, d).
         """
         value = value.to(device=original.device, dtype=original.dtype)
-        if value.dim() == 2 and not SITES[self.site].is_matrix:
+        site = SITES[self.site]
+        if value.dim() == 2 and not site.is_matrix:
             value = value[:, None, :]
-        if value.dim() < 3 or value.shape[-2] == 1:
+        if value.dim() > 2 or (value.dim() == 2 and site.is_matrix):
+            value = self._along(value, -2, _positions(original, where.offset(self.site)), where, site.over_keys)
+        if value.dim() and site.is_matrix:
+            keys = torch.arange(original.shape[-1], device=original.device) + where.key_offset
+            value = self._along(value, -1, keys, where, over_keys=True)
+        return value
+
+    def _along(self, value: Tensor, dim: int, positions: Tensor, where: Where, over_keys: bool) -> Tensor:
+        """The entries of a value for these absolute positions. Raises SpecError if it has none for one that is used."""
+        available = value.shape[dim]
+        if available == 1:
             return value
-        available = value.shape[-2]
-        positions = _positions(original, where.offset(self.site))
-        used = positions if self.edit.positions is None else positions[torch.isin(positions, torch.tensor(self.edit.positions))]
-        if not torch.compiler.is_compiling() and used.numel() and int(used.max()) >= available:
-            raise SpecError(
-                describe(
-                    f"cut {self.number} at {self.address} {self.site}",
-                    f"values for {available} positions, used at position {int(used.max())}",
-                    "a value for every position that is cut",
-                    f"Restrict the cut, for example positions=range({available}).",
+        if not torch.compiler.is_compiling():
+            used = positions
+            if dim == -2 and self.edit.positions is not None:
+                used = used[torch.isin(used, torch.tensor(self.edit.positions, device=used.device))]
+            if over_keys and where.filled is not None:
+                used = used[used < where.filled]
+            if used.numel() and int(used.max()) >= available:
+                raise SpecError(
+                    describe(
+                        f"cut {self.number} at {self.address} {self.site}",
+                        f"values for {available} positions, used at position {int(used.max())}",
+                        "a value for every position that is cut",
+                        f"Restrict the cut, for example positions=range({available}).",
+                    )
                 )
-            )
-        return value.index_select(value.dim() - 2, positions.clamp(max=available - 1))
+        return value.index_select(value.dim() + dim, positions.clamp(max=available - 1))
 
     def _refuse_decoding(self, where: Where) -> None:
         offset = where.offset(self.site) if not SITES[self.site].over_keys else where.query_offset
@@ -347,7 +388,7 @@ class _Gradient(torch.autograd.Function):
 def _with_gradient(original: Tensor, value: Tensor, factor: float) -> Tensor:
     if factor == 0.0 or not (torch.is_grad_enabled() and original.requires_grad):
         return value.detach()
-    return _Gradient.apply(original, value.detach(), factor)  # type: ignore[return-value]
+    return _Gradient.apply(original, value.detach(), factor)
 
 
 def _positions(x: Tensor, offset: Any) -> Tensor:

@@ -45,6 +45,8 @@ def lower(spec: Spec, anatomy: Anatomy, on_meta: bool = False, probed: Sequence[
             problems.append(
                 describe(what, "a model on the meta device", "a model with data", "Load the weights first, or cut to zero.")
             )
+        if not on_meta and any(tensor.is_meta for tensor in cut.content()[1].values()):
+            problems.append(describe(what, "a tensor on the meta device", "a tensor with data", "Load or compute it first."))
         try:
             selected = anatomy.select(cut.layers, what)
         except NoMatchError as error:

@@ -97,7 +97,9 @@ def _from_flash(mask: Any, query: Tensor, key: Tensor, causal: bool, kwargs: Map
         raise MaskError(
             describe("attention mask for flash attention", _shape(mask), "None or (batch, key)", "Pass a padding mask.")
         )
-    rows = torch.arange(n_queries, device=device)[:, None] + (n_keys - n_queries)
+    # On a static cache the mask is shorter than the keys: what it does not reach is not filled yet.
+    reach = n_keys if mask is None else min(n_keys, mask.shape[1])
+    rows = torch.arange(n_queries, device=device)[:, None] + (reach - n_queries)
     columns = torch.arange(n_keys, device=device)[None, :]
     allowed = (rows >= columns if causal else torch.ones_like(rows >= columns))[None]
     window = kwargs.get("sliding_window")
@@ -107,9 +109,9 @@ def _from_flash(mask: Any, query: Tensor, key: Tensor, causal: bool, kwargs: Map
             allowed = allowed & (columns - rows < window)
     empty = None
     if mask is not None:
-        keys = torch.nn.functional.pad(mask.bool(), (0, max(0, n_keys - mask.shape[1])))[:, -n_keys:]
+        keys = torch.nn.functional.pad(mask.bool()[:, -n_keys:], (0, n_keys - reach))
         allowed = allowed & keys[:, None, :]
-        empty = ~keys[:, -n_queries:] if n_queries > 1 else None
+        empty = ~keys[:, reach - n_queries : reach] if 1 < n_queries <= reach else None
     elif (document := _documents(batch, n_queries, n_keys, device, kwargs)) is not None:
         allowed = allowed & (document[:, :, None] == document[:, None, :])
     result = _from_boolean(allowed[:, None], query.dtype)

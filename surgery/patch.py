@@ -106,8 +106,12 @@ def session_of(model: nn.Module) -> Session | None:
 def anatomy_of(model: nn.Module, strict: bool = True) -> Anatomy:
     """The anatomy of a model, from its patched modules where it is known already."""
     session = session_of(model)
-    if session is not None and session.anatomy is not None:
-        return session.anatomy
+    known = session.anatomy if session is not None else None
+    if known is not None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        # Paths change when something wraps the model (PEFT, accelerate) after patching.
+        if all(modules.get(path) is attention.module for attention in known for path in attention.paths):
+            return known
     return find_anatomy(model, strict)
 
 
@@ -175,22 +179,31 @@ def _apply(
     if session_of(model) is None:
         for attention in anatomy:
             verify(attention)
-    # Nothing below fails for a reason that lies in the input.
+    # Nothing below fails for a reason that lies in the input; an interrupt may still come.
     if session is None:
         planned = frozenset(address for address, plan in plans.items() if plan.sites)
         session = Session(spec, kernel, anatomy, planned, report=_warn_silent)
-    for module in _patched_modules(model):
-        if isinstance(module, SurgicalOwner):
-            _restore(module)
-    for attention in anatomy:
-        _swap(model, attention, plans[attention.address], session)
+        spec.fingerprint()  # computed now: a forward, perhaps compiled, only compares it
+    is_new = session_of(model) is None
+    try:
+        for module in _patched_modules(model):
+            if isinstance(module, SurgicalOwner):
+                _restore(module)
+        for attention in anatomy:
+            _swap(model, attention, plans[attention.address], session)
+    except BaseException:
+        if is_new:
+            for module in _patched_modules(model):
+                _restore(module)
+        raise
 
 
 def _swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) -> None:
     module: Any = attention.module
     if not isinstance(module, SurgicalAttention):
         module.__dict__["_surgery"] = Surgery(attention, session)
-        _set_class(module, attention_class(type(module)))
+        own_class: Any = type(module)
+        _set_class(module, attention_class(own_class))
     surgery: Surgery = module._surgery
     surgery.session = session
     own: dict[str, Tap] = {}
@@ -203,8 +216,9 @@ def _swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) 
         else:
             owner: Any = model.get_submodule(place.owner)
             if not isinstance(owner, SurgicalOwner):
+                owner_type: Any = type(owner)
                 owner.__dict__["_surgery"] = {}
-                _set_class(owner, owner_class(type(owner)))
+                _set_class(owner, owner_class(owner_type))
             taps = owner._surgery
         taps.setdefault(place.name, Tap(surgery, {})).sites[site] = place.channels
     surgery.set_plan(plan, own)
@@ -221,7 +235,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _restore(module: Any) -> None:
-    base = module._surgery_base
+    base: Any = module._surgery_base
     if type(module) not in (attention_class(base), owner_class(base)):
         raise PatchError(
             describe(
@@ -239,6 +253,16 @@ def _patched_modules(model: nn.Module) -> list[nn.Module]:
 def _obstacles(attention: Attention) -> list[str]:
     """Why a module must not be touched: its forward was replaced by something that is not accelerate's hook."""
     module, found = attention.module, []
+    base: Any = getattr(module, "_surgery_base", None)
+    if isinstance(module, SurgicalAttention) and type(module) is not attention_class(base):
+        found.append(
+            describe(
+                f"{attention.path!r} ({attention.class_name})",
+                f"the class {type(module).__name__}, which something else gave the patched module",
+                "the class that patching gave it",
+                "Undo that change first.",
+            )
+        )
     forward = module.__dict__.get("forward")
     if forward is not None and "_hf_hook" not in module.__dict__:
         name = getattr(forward, "__qualname__", repr(forward))

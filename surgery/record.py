@@ -10,7 +10,7 @@ this works for quantised, adapted, offloaded and meta modules alike.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +23,32 @@ from surgery.family import IMPLEMENTATION, Family, input_width, is_projection, p
 QUERIES, SOURCE = 3, 5
 """Lengths of the recorded sequence and of the cross-attended one: small, and different from one another."""
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _BASE = 1 << 32  # label = owner * _BASE + channel; -1 is "not from a projection"
 
-_STRUCTURAL = frozenset(
+_STRUCTURAL = _names(
     "view reshape transpose permute contiguous split split_with_sizes chunk unbind __getitem__ cat concat stack flatten "
     "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
-    "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__".split()
+    "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
 )
-_FRESH = frozenset("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like".split())
+_FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
+
+
+def _first_of_pairs(labels: Tensor) -> Tensor:
+    """A complex number bears the first label of its two channels, if they are neighbours."""
+    first, second = labels.unbind(-1)
+    return torch.where((first >= 0) & (second == first + 1), first, -1)
+
+
+def _both_of_pairs(labels: Tensor) -> Tensor:
+    return torch.stack([labels, torch.where(labels >= 0, labels + 1, -1)], dim=-1)
+
+
+_PAIRS = {"view_as_complex": _first_of_pairs, "view_as_real": _both_of_pairs}
 
 
 class Labelled(Tensor):
@@ -56,6 +74,8 @@ class Labelled(Tensor):
             if name in _STRUCTURAL or (name == "__get__" and isinstance(out, Tensor)):
                 labels = tree_map(_labels, (args, kwargs))
                 return _attach(out, func(*labels[0], **labels[1]))
+            if name in _PAIRS:
+                return Labelled.make(out, _PAIRS[name](args[0].labels))
             if name in _FRESH:
                 return Labelled.make(out, torch.full(out.shape, -1))
         return tree_map(lambda o: _hand_on(o, given), out)
@@ -125,7 +145,11 @@ class _State:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    computes_as = "eager"
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, implementation: str | None = None, **kwargs: Any
+    ) -> Any:
         record = self.recording
         record.calls += 1
         record.core = {"mask": attention_mask, "kwargs": kwargs}
@@ -170,7 +194,7 @@ class _Stub:
 
 def config_view(config: Any) -> Any:
     """A config that shares everything with the given one, live, but names our attention implementation."""
-    view = object.__new__(_config_class(type(config)))
+    view: Any = object.__new__(_config_class(type(config)))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
 
@@ -189,16 +213,17 @@ def _config_class(cls: type) -> type:
 
 def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
     """Runs a module's forward once on stubs. Whatever the forward raises comes through."""
-    # The positional angles' width is not known here: 1 broadcasts over whatever part of d_head is rotated; where a family
-    # takes half of them, 2 does. Wrong widths fail in the first product, so nothing is guessed.
-    for width in (1, 2):
+    failure: Exception | None = None
+    for angles in _angles(module):
         recording = Recording(family)
         try:
-            output = _run(module, "", recording, family, _arguments(module, family, is_cross, width))
+            output = _run(module, "", recording, family, _arguments(module, family, is_cross, angles))
             break
-        except RuntimeError:
-            if width == 2:
-                raise
+        except Exception as error:  # of whatever kind a foreign forward raises for angles that it does not take
+            failure = failure or error
+    else:
+        assert failure is not None
+        raise failure
     assert recording.calls, "the forward did not reach the core"
     recording.shapes["output"] = tuple(_first(output).shape)
     recording.labels["output"] = _first(output).labels if isinstance(_first(output), Labelled) else torch.empty(0)
@@ -252,36 +277,51 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
     members: dict[str, Any] = {"__getattr__": getattribute, **(family.members if family else {})}
     if family is not None and "config" in module.__dict__:
         members["config"] = property(lambda self: config_view(self.__dict__["config"]))
-    view = object.__new__(type(base.__name__, (base,), members))
+    view: Any = object.__new__(type(base.__name__, (base,), members))
     attributes = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward", "_surgery")}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         attributes[hooks] = {}
+    # Some forwards move a buffer to the inputs' device and set it again: here that must not reach the module.
+    attributes["_buffers"] = dict(module._buffers)
     view.__dict__.update(attributes, _surgery=_State(recording))
     return view
 
 
 def _type_of(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    floats = [p for p in module.parameters() if p.is_floating_point()]
-    if not floats:
-        return torch.float32, torch.device("cpu")
+    parameters = list(module.parameters())
+    # 8-bit floats are storage of quantised weights, not a type that is computed in.
+    dtype = next((p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
     # A module with any part on meta (offloaded, or not yet loaded) is recorded on meta: values are not needed.
-    device = next((p.device for p in floats if p.device.type == "meta"), floats[0].device)
-    return floats[0].dtype, device
+    devices = sorted((p.device for p in parameters), key=lambda device: device.type != "meta")
+    return dtype, devices[0] if devices else torch.device("cpu")
 
 
 _NONE = ("attention_mask", "mask", "past_key_values", "past_key_value", "layer_past", "cache", "head_mask", "position_bias")
 _SOURCES = ("key_value_states", "encoder_hidden_states")
 
 
-def _arguments(module: nn.Module, family: Family | None, is_cross: bool, angle_width: int = 1) -> dict[str, Any]:
+def _angles(module: nn.Module) -> Iterator[Any]:
+    """Positional angles in the forms that families take: cosines and sines, or complex numbers, of some width.
+
+    The width is not known here: 1 broadcasts over whatever part of d_head is rotated; a family that takes half of them needs
+    its own, which is among the module's numbers. Wrong widths and forms fail in the first product, so nothing is guessed.
+    """
+    dtype, device = _type_of(module)
+    for width in (1, 2):
+        yield (torch.ones(1, QUERIES, width, dtype=dtype, device=device),) * 2
+    yield torch.ones(1, QUERIES, 1, dtype=torch.complex64, device=device)
+    for width in sorted({v for v in vars(module).values() if type(v) is int and 2 < v <= 1024}):
+        yield (torch.ones(1, QUERIES, width, dtype=dtype, device=device),) * 2
+
+
+def _arguments(module: nn.Module, family: Family | None, is_cross: bool, angles: Any = None) -> dict[str, Any]:
     """Arguments for a forward, by the names that transformers gives them."""
     dtype, device = _type_of(module)
     width = next((w for m in module.modules() if is_projection(m) and (w := input_width(m))), 1)
     states = torch.ones(1, QUERIES, width, dtype=dtype, device=device)
     source = torch.ones(1, SOURCE, width, dtype=dtype, device=device)
-    angle = torch.ones(1, QUERIES, angle_width, dtype=dtype, device=device)
     known: dict[str, Any] = {
-        "position_embeddings": (angle, angle),
+        "position_embeddings": next(_angles(module)) if angles is None else angles,
         "position_ids": torch.arange(QUERIES, device=device)[None],
         "cache_position": torch.arange(QUERIES, device=device),
         "residual": states,

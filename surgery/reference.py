@@ -49,8 +49,9 @@ class Reference:
     model: str | None = None
 
     def find(self, address: str, site: str) -> Entry | None:
-        """The entry for an attention and a site, or None."""
-        return self.entries.get((address, site)) or self.entries.get((ANY, site)) or self.entries.get((ANY, ANY))
+        """The entry for an attention and a site, or None. What was given for just this address and site comes first."""
+        keys = ((address, site), (address, ANY), (ANY, site), (ANY, ANY))
+        return next((self.entries[key] for key in keys if key in self.entries), None)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.entries)
@@ -67,8 +68,8 @@ class Reference:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Reference):
             return NotImplemented
-        mine, theirs = self.describe(""), other.describe("")
-        return mine[0] == theirs[0] and all(torch.equal(mine[1][name], theirs[1][name]) for name in mine[1])
+        (mine, tensors), (theirs, others) = self.describe(""), other.describe("")
+        return mine == theirs and all(is_same(tensors[name], others[name]) for name in tensors)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -139,19 +140,24 @@ class Reference:
             return cls.from_description(json.loads(description), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
 
 
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in type, shape and entries; tensors without data are equal only to themselves."""
+    return a is b or (a.dtype == b.dtype and a.shape == b.shape and not a.is_meta and torch.equal(a.cpu(), b.cpu()))
+
+
 def as_reference(value: Any, kind: Literal["mean", "activation"]) -> Reference:
     """A Reference from a Reference, a captured run, a tensor, or a mapping {address or (address, site): tensor}.
 
-    Raises SpecError for anything else, for NaN, and for a tensor with the wrong number of axes.
+    Raises SpecError for anything else, for NaN (and infinite means), and for a tensor with the wrong number of axes.
     """
     if hasattr(value, "reference"):  # a captured run
         value = value.reference()
     if isinstance(value, Tensor):
         value = {(ANY, ANY): value}
     if isinstance(value, Mapping):
-        value = Reference(kind, {(k, ANY) if isinstance(k, str) else k: Entry(torch.as_tensor(v)) for k, v in value.items()})
-        if any(site == ANY and address != ANY for address, site in value.entries):
-            value = Reference(kind, {(a, s): e for (a, s), e in value.entries.items()})
+        named = {(key, ANY) if isinstance(key, str) else key: tensor for key, tensor in value.items()}
+        if all(isinstance(key, tuple) and len(key) == 2 and isinstance(tensor, Tensor) for key, tensor in named.items()):
+            value = Reference(kind, {key: Entry(tensor) for key, tensor in named.items()})
     if not isinstance(value, Reference):
         raise SpecError(
             describe(
@@ -176,13 +182,18 @@ def as_reference(value: Any, kind: Literal["mean", "activation"]) -> Reference:
                     "Give one row for each head.",
                 )
             )
-        if not entry.value.is_meta and torch.isnan(entry.value).any():
-            raise SpecError(
-                describe(
-                    f"reference[{address!r}, {site!r}]",
-                    f"{int(torch.isnan(entry.value).sum())} NaN values",
-                    "finite values",
-                    "Check the data that the reference was collected on.",
+        for tensor in (entry.value, entry.spread):
+            if tensor is None or tensor.is_meta:
+                continue
+            # Scores of another run may be -inf where its mask forbids.
+            wrong = ~torch.isfinite(tensor) if kind == "mean" else torch.isnan(tensor)
+            if bool(wrong.any()):
+                raise SpecError(
+                    describe(
+                        f"reference[{address!r}, {site!r}]",
+                        f"{int(wrong.sum())} values that are NaN or infinite",
+                        "finite values",
+                        "Check the data that the reference was collected on.",
+                    )
                 )
-            )
     return value

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import UnsupportedArchitectureError, describe
+from surgery.sites import CORE_SITES
 
 GROUPS = "num_key_value_groups"
 """The attribute that transformers' attention functions read the group size from (the interface's convention)."""
@@ -139,6 +140,8 @@ def _reads_alike(module: nn.Module, path: str, value: Any) -> bool:
         return False
     if isinstance(mine, Tensor):
         return value is Tensor
+    if isinstance(mine, types.MethodType):
+        return mine.__func__ is value
     return type(mine) is value if isinstance(mine, nn.Module) else type(mine) is type(value) and mine == value
 
 
@@ -162,6 +165,7 @@ class _StandIn:
             inner = _StandIn(value, f"{path}__dot__", self._inputs, self._reads)
             return functools.partial(type(value).forward, inner)
         if isinstance(value, types.MethodType) and value.__self__ is self._module:
+            self._reads.setdefault(path, value.__func__)
             return types.MethodType(value.__func__, self)
         if not callable(value):
             self._reads.setdefault(path, value)
@@ -188,10 +192,10 @@ def _trace(
     traced = {n: add_input(n) if _kind(v) == "input" else v for n, v in arguments.items()}
     query, key, value = list(traced)[:3]
     for name, site in ((query, "rot_q"), (key, "rot_k"), (value, "v")):
-        read = traced[name]
+        source: Any = traced[name]
         if name != query and group_size > 1:
-            read = torch.repeat_interleave(read, group_size, 1)
-        traced[name] = fx.Proxy(_point(graph, at.node, site, read.node), tracer)
+            source = torch.repeat_interleave(source, group_size, 1)
+        traced[name] = fx.Proxy(_point(graph, at.node, site, source.node), tracer)
     reads: dict[str, Any] = {}
     stand_in = _StandIn(module, "module_", add_input, reads)
     try:
@@ -206,9 +210,7 @@ def _trace(
     graph.lint()
     graph_module = fx.GraphModule(nn.Module(), graph, class_name="Reconstruction")
     inputs = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
-    missing = {site for site in ("rot_q", "rot_k", "v", "scores", "pattern", "z")} - {
-        n.args[1] for n in graph.nodes if n.target is point
-    }
+    missing = set(CORE_SITES) - {n.args[1] for n in graph.nodes if n.target is point}
     if missing:
         raise _unsupported(function, f"no live place for the points {sorted(missing)}")
     return Reconstruction(graph_module, inputs), reads
@@ -238,12 +240,14 @@ def _insert_points(function: Callable[..., Any], graph: fx.Graph, at: fx.Node) -
     scores = before[joins[0] - 1] if joins else before[-2]
     drops = [i for i, node in enumerate(after) if named[node] in ("dropout", "dropout_")]
     pattern = after[drops[0] - 1] if drops else after[-2]
-    if pattern is softmax.args[0]:
-        raise _unsupported(function, "no node between softmax and the second product")
+    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    if dim not in (-1, 3):
+        raise _unsupported(function, f"a softmax over axis {dim}, not over the keys")
     for site, node in (("scores", scores), ("pattern", pattern), ("z", pv)):
         with graph.inserting_after(node):
             new = graph.create_node("call_function", point, (at, site, node), name=site)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        for user in [u for u in node.users if u is not new]:
+            user.replace_input_with(node, new)
 
 
 def _path(start: fx.Node, end: fx.Node) -> list[fx.Node]:

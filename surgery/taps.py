@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from surgery.core import Surgery
@@ -51,8 +52,13 @@ class Tap:
 def head_result(projection: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
     """(batch, query, d_model): what some input channels add to a linear map's output, its bias left out.
 
-    Computed by the map itself on an input that is zero elsewhere, so that it holds for quantised and adapted ones too.
+    A plain map gives its own rows of the weight. Any other (quantised, adapted, offloaded) computes it itself, on an input
+    that is zero elsewhere.
     """
+    if type(projection) in (nn.Linear, Conv1D) and "forward" not in projection.__dict__:
+        channels = channels.to(x.device)
+        weight = projection.weight[channels] if isinstance(projection, Conv1D) else projection.weight[:, channels].t()
+        return x.index_select(-1, channels) @ weight
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, channels.to(x.device), True)
     return projection(torch.where(mask, x, 0)) - projection(torch.zeros_like(x[:1, :1]))
 

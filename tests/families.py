@@ -162,7 +162,7 @@ FAMILIES: dict[str, TinyFamily] = {
         TinyFamily("phi3", "Phi3ForCausalLM", "Phi3Config", _common(**_grouped, sliding_window=WINDOW)),
         TinyFamily(
             "gemma2", "Gemma2ForCausalLM", "Gemma2Config",
-            _common(**_grouped, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16, attn_logit_softcapping=3.0),
+            _common(**_grouped, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16, attn_logit_softcapping=3.0), sdpa=False,
         ),
         TinyFamily(
             "gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig",

@@ -66,10 +66,10 @@ def oracle_attention(
         scores = cut("scores", torch.stack(rows))
         if sinks is not None:
             sink = sinks[h].expand(batch, n_queries, 1).to(scores.dtype)
-            pattern = torch.cat([scores, sink], dim=-1).float().softmax(dim=-1)[..., :-1]
+            pattern = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
         else:
-            pattern = scores.float().softmax(dim=-1)
-        pattern = cut("pattern", pattern.to(q.dtype))
+            pattern = scores.softmax(dim=-1)
+        pattern = cut("pattern", pattern)
         z = cut("z", torch.stack([pattern[b] @ v_h[b] for b in range(batch)]))
         everything.append(z)
         patterns.append(pattern)
@@ -78,6 +78,7 @@ def oracle_attention(
 
 def _implementation(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     scaling = kwargs.get("scaling")
+    module.__dict__["oracle_widths"] = query.shape[-1], value.shape[-1]
     return oracle_attention(
         query,
         key,
@@ -98,10 +99,10 @@ AttentionMaskInterface.register("oracle", eager_mask)
 class Oracle:
     """A tiny model whose attention is `oracle_attention`; `set_cuts(spec)` before calling `model`."""
 
-    def __init__(self, family: TinyFamily, seed: int = 0) -> None:
-        self.model = family.build("oracle", seed=seed)
+    def __init__(self, family: TinyFamily, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        self.model = family.build("oracle", dtype, seed)
         with torch.no_grad():
-            self.model(**family.inputs())
+            self.model(**{n: x.to(dtype) if x.is_floating_point() else x for n, x in family.inputs().items()})
         called = [m for m in self.model.modules() if "oracle_cuts" in m.__dict__]
         if family.kind in ("encoder_decoder", "speech"):
             # Both T5's and BART's modules lie in this order: encoder, then each decoder layer's self before cross.
@@ -109,6 +110,7 @@ class Oracle:
             names += [f"decoder.{kind}.{i}" for i in range(LAYERS) for kind in ("self", "cross")]
         else:
             names = [f"self.{i}" for i in range(LAYERS)]
+        self.d_head, self.d_value = called[0].__dict__["oracle_widths"]
         self.attentions: dict[str, nn.Module] = dict(zip(names, called, strict=True))
 
     def set_cuts(self, spec: Iterable[Any], heads: int, kv_heads: int) -> None:
@@ -199,7 +201,8 @@ def cut_by_hand(edit: dict[str, Any], address: str, rank: int, head: int) -> Cut
         for position in range(old.shape[1]):
             if edit["positions"] is not None and position not in edit["positions"]:
                 keep[:, position] = False
-        if allowed is not None and not callable(action):
+        everywhere = callable(action) or (site == "pattern" and action == "zero")
+        if allowed is not None and not everywhere:
             if action in ("uniform", "diagonal", "previous", "first"):
                 keep &= allowed.any(dim=-1, keepdim=True)
             else:

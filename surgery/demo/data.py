@@ -14,14 +14,15 @@ the position whose previous token is the current one, and copies what it finds t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 BOS_TOKEN_ID = 0
 
 
-def repeated_sequences(
-    batch: int, segment: int, vocab: int, seed: int | torch.Generator, *, bos: int = BOS_TOKEN_ID
-) -> torch.LongTensor:
+def repeated_sequences(batch: int, segment: int, vocab: int, seed: int | torch.Generator, *, bos: int = BOS_TOKEN_ID) -> Tensor:
     """Draw sequences of a BOS token and a random segment written twice.
 
     Args:
@@ -46,7 +47,7 @@ def mixed_sequences(
     seed: int | torch.Generator,
     *,
     bos: int = BOS_TOKEN_ID,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+) -> tuple[Tensor, Tensor]:
     """Draw repeated sequences whose segment length is random for each sequence.
 
     Args:
@@ -79,7 +80,7 @@ def mixed_sequences(
     return torch.cat([torch.full((batch, 1), bos), copies], dim=1), lengths
 
 
-def scored_positions(segment: int) -> torch.LongTensor:
+def scored_positions(segment: int) -> Tensor:
     """Positions whose next-token prediction the first copy determines.
 
     The logits at position t predict the token at t + 1. Position `segment` (the end of the first copy) is
@@ -94,12 +95,12 @@ def scored_positions(segment: int) -> torch.LongTensor:
     return torch.arange(segment + 1, 2 * segment)
 
 
-def first_copy_positions(segment: int) -> torch.LongTensor:
+def first_copy_positions(segment: int) -> Tensor:
     """Positions whose next token is a fresh random one: 0 ... segment - 1, int64 of shape (segment,)."""
     return torch.arange(segment)
 
 
-def induction_sources(segment: int) -> torch.LongTensor:
+def induction_sources(segment: int) -> Tensor:
     """Where an induction head looks from each of `scored_positions(segment)`.
 
     From position t in the second copy, the token read at t stood at t - segment before; the position after
@@ -109,3 +110,56 @@ def induction_sources(segment: int) -> torch.LongTensor:
         int64 of shape (segment - 1,): the positions 2 ... segment, that is t - segment + 1.
     """
     return scored_positions(segment) - segment + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Sequences of any tokens that say everything twice, or more often where a segment is shorter than another's.
+
+    ids: (sequence, start + 2 * longest segment); lengths: (sequence,), tokens in one copy; start: tokens before the first
+    copy, 1 (BOS) or 0.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    start: int
+
+    @classmethod
+    def of(cls, segments: Tensor, bos: int | None, lengths: Tensor | None = None) -> Copies:
+        """Repeats the first `lengths` (sequence,) tokens of segments (sequence, longest), behind BOS unless it is None."""
+        rows, longest = segments.shape
+        lengths = torch.full((rows,), longest) if lengths is None else lengths
+        copies = segments.gather(1, torch.arange(2 * longest) % lengths[:, None])
+        before = [] if bos is None else [torch.full((rows, 1), bos)]
+        return cls(torch.cat([*before, copies], dim=1), lengths, len(before))
+
+    @property
+    def scored(self) -> Tensor:
+        """Where the first copy determines the next token of the second, (sequence, position) bool; see `scored_positions`."""
+        copied = torch.arange(self.ids.shape[1]) - self.start - self.lengths[:, None]  # position within the second copy
+        return (copied >= 0) & (copied < self.lengths[:, None] - 1)
+
+    def repeated(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(sequence, query, key) of every scored query and the key behind its token's first occurrence: induction."""
+        rows, queries = self.scored.nonzero(as_tuple=True)
+        return rows, queries, queries - self.lengths[rows] + 1
+
+    def previous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(sequence, query, key) of every query and the key before it."""
+        rows, keys = torch.ones_like(self.ids[:, 1:]).nonzero(as_tuple=True)
+        return rows, keys + 1, keys
+
+    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """What the model takes."""
+        ids = self.ids.to(device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def rows(self, number: int) -> Copies:
+        """The first so many sequences."""
+        return Copies(self.ids[:number], self.lengths[:number], self.start)
+
+    def shortened(self, length: int) -> Copies:
+        """The first sequence alone, with at most so many tokens in a copy."""
+        length = min(length, int(self.lengths[0]))
+        first = self.ids[:1, self.start : self.start + length]
+        return Copies(torch.cat([self.ids[:1, : self.start], first, first], dim=1), torch.tensor([length]), self.start)

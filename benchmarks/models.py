@@ -1,0 +1,64 @@
+"""The random models that are measured, and twins of them that share their weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY = 50257
+
+
+def gpt2(
+    layers: int = 12, heads: int = 12, width: int = 768, *, positions: int = 1024, vocabulary: int = VOCABULARY, **options: Any
+) -> Any:
+    """A GPT-2 with random weights, by default of the small model's shape; options as in `_build`."""
+    config = transformers.GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, vocab_size=vocabulary, use_cache=False
+    )
+    return _build("GPT2", config, **options)
+
+
+def llama(layers: int = 12, heads: int = 12, kv_heads: int = 4, width: int = 768, **options: Any) -> Any:
+    """A Llama with grouped heads, otherwise of the same shape."""
+    config = transformers.LlamaConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    return _build("Llama", config, **options)
+
+
+def _build(
+    name: str, config: Any, *, head: bool = False, implementation: str = "sdpa", device: str = "cpu", seed: int = 0
+) -> Any:
+    """head: with the projection to the vocabulary. It costs as much as the rest of a small model and is never patched, so that
+    it would halve every overhead: measurements do without it unless they generate. bfloat16 on CUDA."""
+    config._attn_implementation = implementation
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}" if head else f"{name}Model")(
+        config
+    )
+    return model.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32).eval()
+
+
+def twin(model: nn.Module) -> Any:
+    """A copy that shares every weight: two models that differ in nothing that a memory bus could notice."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def tokens(batch: int, length: int, device: str = "cpu", seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    """Random token ids (batch, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (batch, length), generator=generator).to(device)

@@ -1,0 +1,64 @@
+"""Results of a benchmark: rows, their JSON, the table on the terminal; and measurements in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+FOLDER = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+"""group, what, value, low and high (quartiles), target or None, met or None, and whatever else was measured."""
+
+
+def row(group: str, what: str, numbers: dict[str, Any], target: float | None = None, met: bool | None = None) -> Row:
+    """met: by default, whether the value is at most the target."""
+    if met is None and target is not None:
+        met = numbers["value"] <= target
+    return {"group": group, "what": what, **numbers, "target": target, "met": met}
+
+
+def child(module: str, *arguments: str) -> Any:
+    """Runs a measurement in a process of its own; its last line is JSON. Raises RuntimeError with what it said."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def shown(row: Row) -> tuple[str, str, str, str]:
+    """A row in words: value, quartiles, target, whether it was met."""
+    digits = 3 if row["value"] < 2 else 2
+    value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "low", "high"))
+    target = "" if row["target"] is None else f"≤ {row['target']:g}"
+    met = "" if row["met"] is None else "yes" if row["met"] else "no"
+    return value, "" if low == high else f"{low} – {high}", target, met
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints one table for each group; CPU time beside wall time where both were taken."""
+    console = Console(width=150)
+    for group, members in groupby(rows, key=lambda row: row["group"]):
+        table = Table(title=group, title_justify="left")
+        for name in ("", "median", "quartiles", "CPU time", "quartiles", "target", "met"):
+            table.add_column(name, justify="left" if name == "" else "right")
+        for member in members:
+            value, spread, target, met = shown(member)
+            cpu = [f"{member[f'cpu_{name}']:.3f}" for name in ("value", "low", "high")] if "cpu_value" in member else None
+            table.add_row(member["what"], value, spread, *((cpu[0], f"{cpu[1]} – {cpu[2]}") if cpu else ("", "")), target, met)
+        console.print(table)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

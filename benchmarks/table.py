@@ -1,0 +1,88 @@
+"""README's tables from committed results: `python -m benchmarks.table` rewrites them, `--check` exits 1 where they differ.
+
+A file has a place for a table between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->`; it shows every
+results/NAME-*.json. Absolute times are shown only of a GPU: those of a shared CPU mean nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import sentence
+from benchmarks.results import FOLDER, ROOT, shown
+
+_PLACE = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
+
+
+def fill(text: str, folder: Path = FOLDER) -> str:
+    """The text with its tables as the results have them. Raises ValueError for text without a place, or without results."""
+    places = [match.group(2) for match in _PLACE.finditer(text)]
+    if not places or len(places) != text.count("<!-- benchmark:"):
+        raise ValueError(
+            f"{len(places)} of {text.count('<!-- benchmark:')} places between <!-- benchmark:NAME --> markers found"
+        )
+    for name in places:
+        if not _files(folder, name):
+            raise ValueError(f"no {name}-*.json in {folder}; run python -m benchmarks.{name} --json ... first")
+    return _PLACE.sub(lambda match: f"{match[1]}{tables(match[2], folder)}{match[3]}", text)
+
+
+def tables(name: str, folder: Path = FOLDER) -> str:
+    """The Markdown tables of a benchmark, one for each group of rows, under a line about the machine."""
+    return (
+        "\n".join(line for path in _files(folder, name) for line in _lines(json.loads(path.read_text(encoding="utf-8")))) + "\n"
+    )
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{name}-*.json"))
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    machine, settings = found["machine"], found["settings"]
+    is_gpu = "gpu" in machine
+    yield f"{sentence(machine)}; seed {settings['seed']}, {settings['rounds']} interleaved rounds, {machine['date']}.\n"
+    for group, rows in groupby(found["rows"], key=lambda row: row["group"]):
+        times = ("time",) if is_gpu else ()
+        yield _row(f"{group[0].upper()}{group[1:]}", "median", "quartiles", "target", "met", *times)
+        yield _row("---", *["---:"] * (4 + len(times)))
+        for row in rows:
+            yield _row(row["what"], *shown(row), *([_milliseconds(row)] if is_gpu else []))
+        yield ""
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    seconds = row.get("seconds")
+    seconds = seconds[1] if isinstance(seconds, list) else seconds
+    return f"{1000 * seconds:.1f} ms" if isinstance(seconds, float) else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    given = parser.parse_args()
+    text = given.file.read_text(encoding="utf-8")
+    filled = fill(text, given.results)
+    if given.check:
+        if filled != text:
+            print(f"{given.file} differs from {given.results}: run python -m benchmarks.table")
+        return int(filled != text)
+    given.file.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

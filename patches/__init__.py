@@ -1,0 +1,13 @@
+"""Attention that cannot be derived from transformers' interface: one short file for each distinct computation.
+
+To add a family: copy the shortest file (gptj.py), name its class in `@register_patch`, import the file here, and add a row
+to tests/families.py. The README beside this file says what goes into it.
+"""
+
+from patches import bloom as bloom
+from patches import codegen as codegen
+from patches import falcon as falcon
+from patches import gpt2 as gpt2
+from patches import gpt_neo as gpt_neo
+from patches import gptj as gptj
+from patches import mpt as mpt

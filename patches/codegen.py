@@ -1,0 +1,31 @@
+"""CodeGen computes attention in a method of its own, in float32 for any dtype, and divides by sqrt(d_head) after the mask.
+
+Its projection stores four blocks of [q | v | k], each for a quarter of the heads; the anatomy derives that by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.family import Family, register_patch
+from surgery.interface import attend
+
+
+def eager(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    output, weights = module._attn(query, key, value, attention_mask)
+    return output.transpose(1, 2), weights
+
+
+def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
+    output, weights = attend(self, query, key, value, attention_mask)
+    return output.transpose(1, 2), weights
+
+
+CODEGEN = Family(eager, members={"_attn": _attn}, kernels={})
+
+
+@register_patch("transformers.models.codegen.modeling_codegen.CodeGenAttention")
+def describe(module: nn.Module, family: Family | None) -> Family:
+    return CODEGEN

@@ -1,0 +1,338 @@
+"""One cut: `Edit` at a site, `Freeze` of a circuit. Both are values: checked when made, compared by content, plain data.
+
+Nothing here knows a model; `surgery.lower` checks cuts against one. `surgery.spec` puts them in order and writes them down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from surgery.errors import SpecError, describe, listing
+from surgery.fields import Gqa, Heads, Layers, Positions, Strength, choice
+from surgery.reference import Reference, as_reference, is_same
+from surgery.sites import SITES
+
+REPLACING = ("zero", "value", "mean", "noise", "identity", "activation", "resample")
+TRANSFORMING = ("scale", "add")
+TEMPLATES = ("uniform", "diagonal", "previous", "first")
+ACTIONS = (*REPLACING, *TRANSFORMING, *TEMPLATES)
+FREEZES = ("zero", "mean", "noise", "identity", "activation", "resample")
+CIRCUITS = ("qk", "ov", "both")
+_REFERRING = ("mean", "noise", "activation")
+
+
+class _Value(BaseModel):
+    """Immutable, positional construction, equality by content, our errors in place of pydantic's, all of them at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, *args: Any, **data: Any) -> None:
+        names = list(type(self).model_fields)
+        if len(args) > len(names) or any(name in data for name in names[: len(args)]):
+            raise TypeError(f"{type(self).__name__}() takes {', '.join(names)}; an argument was given twice or is too many")
+        data = {**dict(zip(names, args, strict=False)), **data}
+        disagreements = [p.strip() for p in self._agree(data)]
+        problems = []
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            problems = [self._problem(e) for e in error.errors()]
+        if problems or disagreements:
+            raise SpecError(listing(type(self).__name__, [*problems, *disagreements]))
+
+    @classmethod
+    def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
+        """What in the fields does not fit together. Puts values and references into their normal form."""
+        raise NotImplementedError
+
+    @classmethod
+    def _problem(cls, error: Any) -> str:
+        """One error of pydantic's in our words."""
+        where = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "value_error":
+            return str(error["msg"]).removeprefix("Value error, ").strip()
+        if error["type"] == "missing":
+            return describe(where, "nothing", "a value", f"Pass {where}=...")
+        if error["type"] == "extra_forbidden":
+            return describe(where, repr(error["input"]), "one of " + ", ".join(cls.model_fields), "Remove it.")
+        return describe(where, repr(error["input"]), error["msg"], "Change it.")
+
+    def content(self, name: str = "cut", strict: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The cut as plain data, defaults left out, and its tensors, which the data names `name`.field.
+
+        strict: raise SpecError for a callable, which is no data.
+        """
+        tensors: dict[str, Tensor] = {}
+        data: dict[str, Any] = {"kind": type(self).__name__.lower()}
+        for field, info in type(self).model_fields.items():
+            value = getattr(self, field)
+            if isinstance(value, Tensor | Reference) or callable(value) or value != info.default:
+                data[field] = _to_plain(value, f"{name}.{field}", tensors, strict)
+        return data, tensors
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Value):
+            return NotImplemented
+        (mine, tensors), (theirs, others) = self.content(), other.content()
+        return mine == theirs and all(is_same(tensors[name], others[name]) for name in tensors)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.content()[0], sort_keys=True))
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        shown = self.content()[0]
+        return ((name, getattr(self, name)) for name in type(self).model_fields if name in shown)
+
+
+class Edit(_Value):
+    """One change at one site, the general form of every cut.
+
+    site: a name of `surgery.sites.SITES`.
+    action:
+      "zero", "value" (value), "mean" (reference, or the current mean over batch and positions), "noise" (Gaussian; mean and
+      spread from value=(mean, spread), from the reference, or per vector from the activation that it replaces), "identity"
+      (value unchanged, gradient by backward), "activation" (reference: another run), "resample" (another row of the batch):
+      these replace.
+      "scale" (value: factor), "add" (value: vector; steering), or a callable tensor -> tensor: these transform.
+      "uniform", "diagonal", "previous", "first": pattern templates, over what the mask allows.
+    value: float, or tensor that broadcasts to (batch, head, position, d) of the selected heads,
+      these in ascending order.
+    layers: "all", layer numbers (the only or decoder self-attention) or addresses ("encoder.self.0", wildcards allowed).
+    heads: "all" or numbers of query heads, from 0. positions: None (all) or absolute positions along the site's third axis
+      (queries; keys at k, rot_k, v), counted from 0 with padding included.
+    backward: "natural" (as the forward computes it; nothing through a replacement), "stopgrad", "ste" (see Freeze).
+    strength: s in [0, 1] gives (1 - s) * original + s * edited.
+    gqa: at k, rot_k and v of grouped heads, "isolated" changes what the selected query heads read and nothing else,
+      "shared" changes the kv head, so that its whole group feels it.
+    seed: of noise and resampling.
+    At scores and pattern, entries that the mask forbids stay as they are (callables get and return them raw; "zero" at pattern
+    is zero everywhere).
+    Raises SpecError, listing every problem.
+    """
+
+    site: Annotated[str, choice("site", tuple(SITES))]
+    action: Annotated[Any, choice("action", ACTIONS, " or a callable")]
+    value: Any = None
+    layers: Layers = "all"
+    heads: Heads = "all"
+    backward: Annotated[str, choice("backward", ("natural", "stopgrad", "ste"))] = "natural"
+    strength: Strength = 1.0
+    positions: Positions = None
+    gqa: Gqa = "isolated"
+    reference: Any = None
+    seed: int = 0
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            site: str,
+            action: Any,
+            value: Any = None,
+            layers: Any = "all",
+            heads: Any = "all",
+            backward: str = "natural",
+            strength: float = 1.0,
+            positions: Any = None,
+            gqa: str = "isolated",
+            reference: Any = None,
+            seed: int = 0,
+        ) -> None: ...
+
+    @classmethod
+    def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
+        site, action = data.get("site"), data.get("action")
+        if not callable(action) and not (isinstance(action, str) and action in ACTIONS):
+            return
+        yield from _agree_on_value(action, data)
+        if action in TEMPLATES and site in SITES and site != "pattern":
+            yield describe("action", f"{action!r} at {site}", "a template at pattern", 'Use site="pattern".')
+        yield from _agree_on_reference(action, data, f"action {action!r}")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the replacement is made of tensors that somebody measured or gave."""
+        return isinstance(self.value, Tensor) or self.reference is not None
+
+    def edits(self) -> tuple[Edit, ...]:
+        return (self,)
+
+    def __str__(self) -> str:
+        action = self.action if isinstance(self.action, str) else _callable_name(self.action)
+        value = f"tensor of shape {tuple(self.value.shape)}" if isinstance(self.value, Tensor) else self.value
+        return f"{self.site} {action}{'' if value is None else f' {value}'}{_selection(self)}"
+
+
+class Freeze(_Value):
+    """Cut a head's circuit off from its input: sugar for edits at the circuit's sites.
+
+    circuit: "qk" (where the head looks), "ov" (what it moves), "both".
+    to: what the circuit's activations become.
+      "zero": scores 0, so attention is uniform over what the mask allows (biases and sinks stay); z = 0.
+      "mean": of the reference, per head and channel (and per position if it was collected so); without a reference the mean
+        over batch and positions of the current activations, which is refused when decoding with a KV cache.
+      "noise": Gaussian with the reference's mean and spread, or per vector with those of the activation that it replaces;
+        it depends on seed, layer, head and absolute position only.
+      "identity": values unchanged, gradient by backward: a detached circuit.
+      "activation" with reference=run (or to=run): the activations of another run.
+      "resample": another row of the batch (a permutation without fixed points, drawn from seed).
+    QK acts on q and k as they enter the dot product (sites rot_q, rot_k), so positions, norms and cache are those of the
+    head; OV acts on z. With "identity", OV acts on v: the value path is detached, the path through the pattern is not.
+    backward: "stopgrad" (no gradient to what was replaced) or "ste" (forward replaced, backward as if it were not: the
+      gradient at the replaced tensor is handed on unchanged; Bengio et al. 2013, straight-through).
+    strength: s in [0, 1]: (1 - s) * original + s * replacement, in forward and in stopgrad's backward.
+    gqa: "isolated" freezes what the selected query heads read, "shared" the kv heads behind them, so that the whole group feels
+      it: then QK to zero acts on rot_k and OV on v (positions there are those of keys).
+    layers, heads, positions, reference, seed: see Edit.
+    Raises SpecError, listing every problem.
+    """
+
+    circuit: Annotated[str, choice("circuit", CIRCUITS)]
+    layers: Layers = "all"
+    heads: Heads = "all"
+    to: Annotated[Any, choice("to", FREEZES)] = "zero"
+    backward: Annotated[str, choice("backward", ("stopgrad", "ste"))] = "stopgrad"
+    strength: Strength = 1.0
+    positions: Positions = None
+    gqa: Gqa = "isolated"
+    reference: Any = None
+    seed: int = 0
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            circuit: str,
+            layers: Any = "all",
+            heads: Any = "all",
+            to: Any = "zero",
+            backward: str = "stopgrad",
+            strength: float = 1.0,
+            positions: Any = None,
+            gqa: str = "isolated",
+            reference: Any = None,
+            seed: int = 0,
+        ) -> None: ...
+
+    @classmethod
+    def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
+        to = data.get("to", "zero")
+        if hasattr(to, "reference") or isinstance(to, Reference | Tensor | Mapping):
+            if data.get("reference") is not None:
+                yield describe("reference", "a second one beside to=", "one of them", 'Pass to="activation", reference=run.')
+            data["to"], data["reference"] = "activation", to
+        if isinstance(data.get("to", "zero"), str) and data.get("to", "zero") in FREEZES:
+            yield from _agree_on_reference(data.get("to", "zero"), data, f"to={data.get('to', 'zero')!r}")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the replacement is made of tensors that somebody measured or gave."""
+        return self.reference is not None
+
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits that this freeze stands for, in the order of computation."""
+        shared, sites = self.gqa == "shared", []
+        if self.circuit in ("qk", "both") and self.to == "zero":
+            # Either q = 0 or k = 0 makes every score 0; both would only take the other's straight-through gradient away.
+            sites += ["rot_k" if shared else "rot_q"]
+        elif self.circuit in ("qk", "both"):
+            sites += ["rot_q", "rot_k"]
+        if self.circuit in ("ov", "both"):
+            sites += ["v" if shared or self.to == "identity" else "z"]
+        same = {name: getattr(self, name) for name in Edit.model_fields if name in Freeze.model_fields}
+        return tuple(Edit(site, self.to, **same) for site in sites)
+
+    def __str__(self) -> str:
+        return f"freeze {self.circuit} to {self.to}{_selection(self)}"
+
+
+def _agree_on_reference(action: Any, data: dict[str, Any], what: str) -> Iterator[str]:
+    """Makes a Reference of what was given for one; yields why it does not fit the action."""
+    reference = data.get("reference")
+    if reference is None:
+        if action == "activation":
+            yield describe("reference", "None", "the run to take activations from", "Pass reference=run from surgery.capture.")
+    elif action not in _REFERRING:
+        yield describe(
+            "reference", f"a {type(reference).__name__}", f"None with {what}", "Remove it, or choose another action."
+        )
+    else:
+        try:
+            data["reference"] = as_reference(reference, "activation" if action == "activation" else "mean")
+        except SpecError as error:
+            yield str(error)
+
+
+def _agree_on_value(action: Any, data: dict[str, Any]) -> Iterator[str]:
+    """Makes numbers floats; yields why a value does not fit the action."""
+    value = data.get("value")
+
+    def problem(found: str, expected: str, do: str) -> str:
+        return describe("value", found, expected, do)
+
+    if action in ("value", "scale", "add"):
+        if isinstance(value, Tensor):
+            if not value.is_meta and not bool(torch.isfinite(value).all()):
+                yield problem("NaN or infinite entries in the tensor", "finite values", "Check where the tensor comes from.")
+        elif not _is_real(value):
+            yield problem(repr(value), f"a number or a tensor with action {action!r}", "Pass value=...")
+        elif not math.isfinite(value):
+            yield problem(repr(value), "a finite number", "Pass one.")
+        else:
+            data["value"] = float(value)
+    elif action == "noise" and value is not None:
+        is_pair = isinstance(value, tuple | list) and len(value) == 2 and all(_is_real(v) and math.isfinite(v) for v in value)
+        if not is_pair or value[1] < 0:
+            yield problem(repr(value), "None or (mean, spread) with spread >= 0", "Pass value=(0.0, 1.0).")
+        else:
+            data["value"] = (float(value[0]), float(value[1]))
+    elif value is not None:
+        yield problem(repr(value), f"None with action {action!r}", "Remove it.")
+
+
+def _is_real(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _selection(cut: Any) -> str:
+    """What a cut selects, in words; defaults are left out."""
+    parts = [
+        f"layers {cut.layers if cut.layers == 'all' else ', '.join(map(str, cut.layers))}",
+        f"heads {cut.heads if cut.heads == 'all' else ', '.join(map(str, cut.heads))}",
+    ]
+    parts += [f"positions {', '.join(map(str, cut.positions))}"] if cut.positions is not None else []
+    parts += [f"strength {cut.strength:g}"] if cut.strength != 1.0 else []
+    parts += [f"backward {cut.backward}"] if cut.backward not in ("natural", "stopgrad") else []
+    parts += [f"gqa {cut.gqa}"] if cut.gqa != "isolated" else []
+    parts += [f"of {cut.reference!r}"] if cut.reference is not None else []
+    parts += [f"seed {cut.seed}"] if cut.seed else []
+    return f" ({', '.join(parts)})"
+
+
+def _to_plain(value: Any, name: str, tensors: dict[str, Tensor], strict: bool) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, Reference):
+        description, named = value.describe(f"{name}.")
+        tensors.update(named)
+        return {"reference": description}
+    if callable(value):
+        if strict:
+            found = f"the callable {_callable_name(value)}"
+            raise SpecError(
+                describe("Spec", found, "cuts that are data", "Use it in this process only, or express it as another Edit.")
+            )
+        return {"callable": f"{_callable_name(value)}@{id(value)}"}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _callable_name(value: Callable[..., Any]) -> str:
+    return getattr(value, "__qualname__", type(value).__name__)

@@ -1,0 +1,198 @@
+"""The model that a study is made on, its tokenizer, and the sequences that it reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from surgery.demo.data import Copies, repeated_sequences
+from surgery.errors import SurgeryError, describe
+
+SEGMENT = 24
+"""Tokens in one copy, unless told otherwise: the packaged model was trained on 8 to 30."""
+LEAST_SEGMENT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A causal language model under study. tokenizer: None if the model comes without one, and `missing` then says why."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any = None
+    missing: str = "no files of a tokenizer"
+
+    @property
+    def bos(self) -> int | None:
+        """The token that a sequence begins with, or None."""
+        known = self.config if self.tokenizer is None else self.tokenizer
+        found = known.bos_token_id
+        return found[0] if isinstance(found, list) else found
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the text model."""
+        model: Any = self.model
+        return model.config.get_text_config()
+
+    def copies(
+        self, batch: int, segment: int | None = None, seed: int = 0, text: str | None = None, varied: bool = False
+    ) -> Copies:
+        """Sequences of a segment written twice: of random tokens, or of a text.
+
+        Random segments hold distinct tokens of the whole vocabulary, special ones left out. A text is cut into segments; its
+        rest is dropped, and a text of fewer tokens than a segment is one segment. batch: sequences, of a text at most.
+        segment: tokens in one copy. varied: use the first tokens of each segment, randomly half of them to all.
+        Raises SurgeryError for what the model or the text is too short for.
+        """
+        segment = self._fitting(segment)
+        segments = self._random(batch, segment, seed) if text is None else self._from_text(text, batch, segment)
+        rows, longest = segments.shape
+        shortest = max(3, longest // 2) if varied else longest
+        lengths = torch.randint(shortest, longest + 1, (rows,), generator=torch.Generator().manual_seed(seed))
+        return Copies.of(segments, self.bos, lengths)
+
+    def label(self, token: int) -> str:
+        """A token as text, short enough for an axis; its number if there is no tokenizer."""
+        if token == self.bos:
+            return "BOS"
+        if self.tokenizer is None:
+            return str(token)
+        shown = self.tokenizer.decode([token]).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+        return shown if len(shown) <= 10 else f"{shown[:9]}…"
+
+    def _fitting(self, segment: int | None) -> int:
+        """A segment of which two copies fit into the model's positions."""
+        longest = getattr(self.config, "max_position_embeddings", None)
+        most = None if longest is None else (longest - (self.bos is not None)) // 2
+        if segment is None:
+            segment = SEGMENT if most is None else min(SEGMENT, most)
+        if segment < LEAST_SEGMENT or (most is not None and segment > most):
+            expected = f"at least {LEAST_SEGMENT}"
+            if most is not None:
+                expected += f" and at most {most}, as two copies must fit into the {longest} positions of {self.name}"
+            raise SurgeryError(describe("segment", f"{segment} tokens", expected, "Pass such a --segment."))
+        return segment
+
+    def _random(self, batch: int, segment: int, seed: int) -> Tensor:
+        model: Any = self.model
+        vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", self.config.vocab_size))
+        if self.tokenizer is None:
+            tokens = (getattr(self.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+            special = {i for token in tokens for i in (token if isinstance(token, list) else [token])}
+        else:
+            vocabulary, special = min(vocabulary, len(self.tokenizer)), set(self.tokenizer.all_special_ids)
+        usable = torch.tensor([i for i in range(vocabulary) if i not in special], dtype=torch.long)
+        if len(usable) < segment:
+            raise SurgeryError(
+                describe(
+                    "segment", f"{segment} tokens", f"at most the {len(usable)} of the vocabulary", "Pass a smaller --segment."
+                )
+            )
+        # Numbers from 1 on, in place of the usable tokens.
+        return usable[repeated_sequences(batch, segment, len(usable) + 1, seed)[:, 1 : 1 + segment] - 1]
+
+    def _from_text(self, text: str, batch: int, segment: int) -> Tensor:
+        if self.tokenizer is None:
+            raise SurgeryError(
+                describe(
+                    f"text for {self.name}", f"no tokenizer ({self.missing})", "its tokenizer's files beside the model",
+                    "Pass another --model, or leave --text out: random tokens need no tokenizer.",
+                )
+            )  # fmt: skip
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+        if len(ids) < LEAST_SEGMENT:
+            raise SurgeryError(describe("text", f"{len(ids)} tokens", f"at least {LEAST_SEGMENT}", "Pass a longer --text."))
+        segment = min(segment, len(ids))
+        return ids[: len(ids) // segment * segment].view(-1, segment)[:batch]
+
+
+def load(name: str | None = None, device: str | torch.device = "cpu") -> Subject:
+    """A causal language model from a folder or the hub, in evaluation mode; the packaged one if name is None.
+
+    Nothing is downloaded for the packaged model. Code that comes with a model is not run. Raises SurgeryError.
+    """
+    if name is not None:
+        return _loaded(_existing(name), name, device)
+    with as_file(files("surgery.demo").joinpath("model")) as folder, _quiet():
+        return _loaded(str(folder), "the packaged model", device)
+
+
+def skeleton(name: str) -> nn.Module:
+    """A model of any kind without its weights, from its configuration alone. Raises SurgeryError."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(_existing(name), trust_remote_code=False)
+        own = [getattr(transformers, architecture, None) for architecture in config.architectures or ()]
+        with torch.device("meta"):
+            return own[0](config) if own and own[0] is not None else transformers.AutoModel.from_config(config)
+    except Exception as error:
+        raise _unreadable(name, "a transformers model", error) from error
+
+
+def read_text(text: str) -> str:
+    """The text itself, or the contents of the file that it names. Raises SurgeryError for a file that is not there."""
+    if os.path.isfile(text):
+        return Path(text).read_text(encoding="utf-8")
+    if not any(character.isspace() for character in text) and (os.sep in text or Path(text).suffix):
+        raise SurgeryError(describe("text", f"no file {text!r}", "a text, or the path of a text file", "Check the path."))
+    return text
+
+
+def _loaded(path: str, name: str, device: str | torch.device) -> Subject:
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False).to(device)
+    except Exception as error:  # whatever a foreign loader raises, there is no model
+        raise _unreadable(name, "a causal language model", error) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # only a text needs it
+        return Subject(name, model.eval(), None, _first_line(error))
+    # Without files transformers may make a tokenizer that knows special tokens only.
+    empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))
+    return Subject(name, model.eval(), None if empty else tokenizer)
+
+
+def _existing(name: str) -> str:
+    """The name, if it is a folder or can be a name on the hub. Raises SurgeryError before anything asks the network."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        found = "a file" if path.exists() else "no such folder"
+        raise SurgeryError(
+            describe(f"model {name!r}", found, "a folder with config.json and weights, or a name on the hub", "Check the path.")
+        )
+    return name
+
+
+def _unreadable(name: str, expected: str, error: Exception) -> SurgeryError:
+    if isinstance(error, SurgeryError):
+        return error
+    do = "Check the name and the files of the folder."
+    return SurgeryError(describe(f"model {name!r}", _first_line(error), expected, do))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers within the block."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,71 @@
+"""The admissible values of a cut's fields: validators that say what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from surgery.errors import describe
+
+
+def choice(name: str, allowed: tuple[str, ...], more: str = "") -> BeforeValidator:
+    """A validator of one word out of `allowed`; with `more` of a callable as well."""
+
+    def check(value: Any) -> Any:
+        if not (isinstance(value, str) and value in allowed) and not (more and callable(value)):
+            raise ValueError(describe(name, repr(value), ", ".join(map(repr, allowed)) + more, "Choose one of these."))
+        return value
+
+    return BeforeValidator(check)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """The entries of a sequence, array or tensor of integers; a single number or word is the only entry."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, int | str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) else ()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _numbers(name: str, everything: str | None) -> BeforeValidator:
+    """A validator of distinct numbers from 0, in ascending order; `everything` is the value that means all."""
+
+    def check(value: Any) -> Any:
+        if (value is None and everything is None) or (isinstance(value, str) and value == everything):
+            return value
+        items = _listed(value)
+        if not items or not all(map(_is_number, items)) or len(set(items)) < len(items):
+            expected = f"{everything!r}, or at least one number from 0, each once"
+            raise ValueError(describe(name, repr(value), expected, f"For example {name}=[0, 3]."))
+        return tuple(sorted(items))
+
+    return BeforeValidator(check)
+
+
+def _check_layers(value: Any) -> Any:
+    if isinstance(value, str) and value == "all":
+        return value
+    items = _listed(value)
+    if not items or not all(isinstance(item, str) or _is_number(item) for item in items):
+        expected = "'all', or at least one layer number from 0 or address"
+        raise ValueError(describe("layers", repr(value), expected, 'For example layers=[5, 6] or layers=["encoder.self.0"].'))
+    return items
+
+
+def _check_strength(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(describe("strength", repr(value), "a number from 0 to 1", "1 replaces entirely, 0 not at all."))
+    return float(value)
+
+
+Layers = Annotated[Any, BeforeValidator(_check_layers)]
+Heads = Annotated[Any, _numbers("heads", "all")]
+Positions = Annotated[Any, _numbers("positions", None)]
+Strength = Annotated[float, BeforeValidator(_check_strength)]
+Gqa = Annotated[str, choice("gqa", ("isolated", "shared"))]

@@ -1,0 +1,30 @@
+"""The public names, all of them and nothing else. `surgery` loads this file when one of them is first used."""
+
+from surgery.anatomy import find_anatomy as find_anatomy
+from surgery.capture import Run as Run
+from surgery.capture import capture as capture
+from surgery.collect import collect_reference as collect_reference
+from surgery.errors import CacheError as CacheError
+from surgery.errors import MaskError as MaskError
+from surgery.errors import NoMatchError as NoMatchError
+from surgery.errors import NotFiredWarning as NotFiredWarning
+from surgery.errors import ParityError as ParityError
+from surgery.errors import PatchError as PatchError
+from surgery.errors import SpecError as SpecError
+from surgery.errors import SurgeryError as SurgeryError
+from surgery.errors import UnsupportedArchitectureError as UnsupportedArchitectureError
+from surgery.family import Family as Family
+from surgery.family import register_patch as register_patch
+from surgery.inspection import inspect_model as inspect_model
+from surgery.interface import attend as attend
+from surgery.patch import freeze_ov_circuit as freeze_ov_circuit
+from surgery.patch import freeze_qk_circuit as freeze_qk_circuit
+from surgery.patch import patch_model as patch_model
+from surgery.patch import patched as patched
+from surgery.patch import unpatch_model as unpatch_model
+from surgery.reference import Reference as Reference
+from surgery.selftest import self_test as self_test
+from surgery.sites import SITES as SITES
+from surgery.spec import Edit as Edit
+from surgery.spec import Freeze as Freeze
+from surgery.spec import Spec as Spec

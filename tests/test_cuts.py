@@ -1,0 +1,371 @@
+"""Every cut at every point of the core, forward and backward, against the loops of `oracle`.
+
+Tolerance: loops, batched products and fused kernels add up in different orders through two layers; 2e-5 of the largest
+number is some hundred roundings of float32, and a wrong cut is off by more than 1e-2. T5, BART and Whisper run in float64:
+T5 does not scale its scores, so that its patterns are nearly one-hot and roundings grow. (The others cannot: families that
+cast scores to float32 for the softmax give NaN for padding in float64.)
+Where a kernel is fused, queries that are padding are not compared: what a fully masked row gives is the kernel's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import BATCH, FAMILIES, HEADS, KV_HEADS, LENGTH, PADDING
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from surgery.capture import capture
+from surgery.patch import patch_model, patched
+from surgery.spec import Edit, Freeze, Spec
+
+INLINE = ("gptj", "codegen", "gpt_neo", "falcon_multi_query", "falcon_grouped", "falcon_alibi", "bloom", "mpt")
+INTERFACE = [name for name in FAMILIES if name not in INLINE]
+GROUPED = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi", "phi3", "gemma2", "gemma3", "gpt_oss", "olmo2", "stablelm")
+
+# (implementation that the model is loaded with, kernel of patch_model)
+RUNS = {"eager-auto": ("eager", "auto"), "sdpa-auto": ("sdpa", "auto"), "eager-eager": ("eager", "eager"), "sdpa-eager": ("sdpa", "eager")}
+
+
+def runs_of(names: Any, runs: Any = ("eager-auto", "sdpa-auto", "eager-eager")) -> Any:
+    cases = [(name, run) for name in names for run in runs if FAMILIES[name].sdpa or not run.startswith("sdpa")]
+    return pytest.mark.parametrize(("name", "run"), cases)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return torch.float64 if name in ("t5", "bart", "whisper") else torch.float32
+
+
+@functools.cache
+def model_of(name: str, implementation: str) -> nn.Module:
+    return FAMILIES[name].build(implementation, dtype_of(name))
+
+
+@functools.cache
+def oracle_of(name: str) -> Oracle:
+    return Oracle(FAMILIES[name], dtype_of(name))
+
+
+def inputs_of(name: str, padding: int = PADDING) -> dict[str, Tensor]:
+    inputs = FAMILIES[name].inputs(padding=padding)
+    return {n: x.to(dtype_of(name)) if x.is_floating_point() else x for n, x in inputs.items()}
+
+
+def outcome(model: Any, name: str, padding: int, only_real: bool) -> dict[str, Tensor]:
+    """Logits and the gradients of all parameters and of the embedded input."""
+    inputs = inputs_of(name, padding)
+    real = torch.ones_like(inputs["attention_mask"]) if "attention_mask" in inputs else None
+    if FAMILIES[name].kind in ("decoder", "encoder"):
+        if only_real:
+            real = inputs["attention_mask"]
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+        inputs["inputs_embeds"] = embeds
+    else:
+        embeds, real = None, None
+    model.zero_grad()
+    logits = model(**inputs, use_cache=False).logits if FAMILIES[name].kind != "encoder" else model(**inputs).logits
+    if real is not None:
+        logits = torch.where(real.bool()[..., None], logits, 0)
+    (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"logits": logits.detach(), **found, **({} if embeds is None else {"embeds": embeds.grad})}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    # A cut may leave a parameter without gradient in one and with zeros in the other.
+    for name in dict.fromkeys([*expected, *found]):
+        like = expected.get(name, found.get(name))
+        one, other = (d.get(name, torch.zeros_like(like)) for d in (found, expected))
+        bound = 2e-5 * max(1.0, float(other.abs().max()))
+        difference = float((one - other).abs().max())
+        assert difference <= bound, f"{name}: differs by {difference:.3g}, more than {bound:.3g}"
+
+
+_EXPECTED: dict[Any, dict[str, Tensor]] = {}
+
+
+def check(name: str, run: str, spec: Spec, padding: int = PADDING, key: Any = None) -> None:
+    """Compares a patched model with the oracle under a spec. key: under which the oracle's answer may be kept."""
+    implementation, kernel = RUNS[run]
+    only_real = run == "sdpa-auto"
+    key = None if key is None else (name, padding, only_real, key)
+    expected = _EXPECTED.get(key)
+    if expected is None:
+        oracle = oracle_of(name)
+        oracle.set_cuts(spec, HEADS, KV_HEADS if name in GROUPED else HEADS)
+        expected = outcome(oracle.model, name, padding, only_real)
+        if key is not None:
+            _EXPECTED[key] = expected
+    model = patch_model(model_of(name, implementation), spec, kernel=kernel)
+    assert_close(outcome(model, name, padding, only_real), expected)
+
+
+def mixes_positions(spec: Spec) -> bool:
+    """Whether what padding queries compute reaches real ones: then fused kernels are compared without padding."""
+    return any(
+        getattr(cut, "action", getattr(cut, "to", None)) in ("mean", "resample") and cut.reference is None for cut in spec
+    )
+
+
+# -- the grid: every action at every site -----------------------------------------------------------------------------------------
+
+SITES = ("rot_q", "rot_k", "v", "scores", "pattern", "z")
+TEMPLATES = ("uniform", "diagonal", "previous", "first")
+
+
+def half(x: Tensor) -> Tensor:
+    return 0.5 * x
+
+
+def width(name: str, site: str) -> int:
+    if site in ("scores", "pattern"):
+        return LENGTH
+    return oracle_of(name).d_value if site in ("v", "z") else oracle_of(name).d_head
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+Arguments = Callable[[str, int, int], dict[str, Any]]
+"""(site, number of selected heads, width) -> what else an Edit takes."""
+
+ACTIONS: dict[str, tuple[Any, Arguments]] = {
+    "zero": ("zero", lambda site, heads, d: {}),
+    "value": ("value", lambda site, heads, d: {"value": 0.3}),
+    "value by channel": ("value", lambda site, heads, d: {"value": numbers(d)}),
+    "value by two axes": ("value", lambda site, heads, d: {"value": numbers(LENGTH if d == LENGTH else heads, d)}),
+    "value by position": ("value", lambda site, heads, d: {"value": numbers(heads, LENGTH, d)}),
+    "value by row": ("value", lambda site, heads, d: {"value": numbers(BATCH, heads, LENGTH, d)}),
+    "scale": ("scale", lambda site, heads, d: {"value": 0.7}),
+    "scale by channel": ("scale", lambda site, heads, d: {"value": numbers(d)}),
+    "add": ("add", lambda site, heads, d: {"value": 0.2}),
+    "add by channel": ("add", lambda site, heads, d: {"value": numbers(d)}),
+    "mean": ("mean", lambda site, heads, d: {}),
+    "mean of a reference": ("mean", lambda site, heads, d: {"reference": numbers(HEADS, d)}),
+    "mean by position": ("mean", lambda site, heads, d: {"reference": {("self.0", site): numbers(HEADS, LENGTH, d), ("self.1", site): numbers(HEADS, LENGTH, d)}}),
+    "identity": ("identity", lambda site, heads, d: {}),
+    "activation": ("activation", lambda site, heads, d: {"reference": numbers(BATCH, HEADS, LENGTH, d)}),
+    "activation of one row": ("activation", lambda site, heads, d: {"reference": numbers(1, HEADS, LENGTH, d)}),
+    "resample": ("resample", lambda site, heads, d: {}),
+    "callable": (half, lambda site, heads, d: {}),
+    **{template: (template, lambda site, heads, d: {}) for template in TEMPLATES},
+}  # fmt: skip
+
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"layers": [0], "heads": [1, 3]},
+    {"heads": [0, 1, 2], "strength": 0.4, "backward": "stopgrad"},
+    {"layers": [1], "heads": [2], "positions": [0, 4, 5, 8], "backward": "ste"},
+    {"strength": 0.7, "positions": [3, 6], "backward": "ste"},
+    {"heads": [0, 3], "positions": [2, 5, 7]},
+)
+
+GRID = [(site, action) for site in SITES for action in ACTIONS if action not in TEMPLATES or site == "pattern"]
+
+
+@pytest.mark.parametrize(("site", "action"), GRID)
+@runs_of(("llama", "gpt2", "gemma2", "gpt_oss"))
+def test_every_action_at_every_site(name: str, run: str, site: str, action: str) -> None:
+    number = GRID.index((site, action))
+    word, arguments = ACTIONS[action]
+    # All variants on llama; the other families share them out.
+    for i, variant in enumerate(VARIANTS):
+        if name != "llama" and i != number % len(VARIANTS):
+            continue
+        heads = HEADS if "heads" not in variant else len(variant["heads"])
+        edit = Edit(site, word, **arguments(site, heads, width(name, site)), **variant)
+        padding = 0 if run == "sdpa-auto" and action in ("mean", "resample") else PADDING
+        check(name, run, Spec(edit), padding, key=(number, i))
+
+
+# -- freezes of circuits ------------------------------------------------------------------------------------------------------------
+
+FREEZES = ("zero", "mean", "mean of a reference", "identity", "activation", "resample")
+
+
+def freeze(name: str, circuit: str, to: str, **more: Any) -> Freeze:
+    reference = None
+    if to in ("mean of a reference", "activation"):
+        shape = (BATCH, HEADS, LENGTH) if to == "activation" else (HEADS,)
+        every = [(f"self.{layer}", site) for layer in (0, 1) for site in SITES]
+        reference = {(address, site): numbers(*shape, width(name, site)) for address, site in every}
+    return Freeze(circuit, to=to.split()[0], reference=reference, **more)
+
+
+@pytest.mark.parametrize("to", FREEZES)
+@pytest.mark.parametrize("circuit", ["qk", "ov", "both"])
+@runs_of(("llama", "gpt2", "deepseek_v3", "gpt_oss"))
+def test_freezing_circuits(name: str, run: str, circuit: str, to: str) -> None:
+    padding = 0 if run == "sdpa-auto" and to in ("mean", "resample") else PADDING
+    for more in (
+        {"heads": [0, 3]},
+        {"heads": [1], "layers": [1], "backward": "ste"},
+        {"heads": [1, 2], "strength": 0.3, "positions": range(2, 7)},
+    ):
+        check(name, run, Spec(freeze(name, circuit, to, **more)), padding, key=(circuit, to, str(more)))
+
+
+# -- grouped heads ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gqa", ["isolated", "shared"])
+@runs_of(("llama", "mistral", "gpt_oss"))
+def test_grouped_heads_isolated_or_shared(name: str, run: str, gqa: str) -> None:
+    padding = 0 if run == "sdpa-auto" else PADDING
+    specs = [Spec(freeze(name, c, to, heads=[1], gqa=gqa)) for c in ("qk", "ov", "both") for to in FREEZES]
+    specs += [Spec(Edit(site, half, heads=[0, 2], gqa=gqa, layers=[1])) for site in ("rot_k", "v")]
+    specs += [Spec(Edit(site, "add", numbers(width(name, site)), heads=[3], gqa=gqa)) for site in ("rot_k", "v")]
+    for number, spec in enumerate(specs):
+        check(name, run, spec, padding, key=("gqa", gqa, number))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+def test_shared_at_k_is_a_hook_on_the_projection(kernel: str) -> None:
+    """What people do today, for the head group that the hook hits: the very numbers of the hook."""
+    inputs, d = FAMILIES["llama"].inputs(), 16
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(output[..., :d]), output[..., d:]], dim=-1)
+
+    hooked = FAMILIES["llama"].build()
+    for site, projection in (("k", "k_proj"), ("v", "v_proj")):
+        handle = getattr(hooked.model.layers[1].self_attn, projection).register_forward_hook(hook)
+        expected = hooked(**inputs).logits
+        handle.remove()
+        with patched(hooked, Edit(site, "zero", layers=[1], heads=[1], gqa="shared"), kernel=kernel):
+            assert torch.equal(hooked(**inputs).logits, expected)
+
+
+# -- every family -------------------------------------------------------------------------------------------------------------------
+
+CORE: dict[str, Callable[[Any], Any]] = {
+    "qk to zero": lambda d: Freeze("qk", heads=[1]),
+    "ov to zero": lambda d: Freeze("ov", heads=[0, 3]),
+    "both by half": lambda d: Freeze("both", heads=[2], strength=0.5, backward="ste"),
+    "ov detached": lambda d: Freeze("ov", to="identity", heads=[1, 2]),
+    "v steered": lambda d: Edit("v", "add", numbers(d), heads=[1]),
+    "k scaled": lambda d: Edit("rot_k", "scale", 0.5, heads=[3]),
+    "scores scaled": lambda d: Edit("scores", "scale", 0.3, heads=[0, 2], backward="stopgrad"),
+    "pattern uniform": lambda d: Edit("pattern", "uniform", heads=[1, 2], strength=0.6),
+    "pattern first": lambda d: Edit("pattern", "first", heads=[0, 1, 2, 3], positions=[4, 6]),
+    "pattern to a value": lambda d: Edit("pattern", "value", 0.1, heads=[3], layers="all"),
+}
+
+
+@pytest.mark.parametrize("cut", list(CORE))
+@runs_of(INTERFACE, RUNS)
+def test_core_cuts_in_every_family(name: str, run: str, cut: str) -> None:
+    check(name, run, Spec(CORE[cut](oracle_of(name).d_value)), key=cut)
+
+
+@pytest.mark.parametrize("address", ["encoder.self.1", "decoder.self.0", "decoder.cross.1", "decoder.cross.0"])
+@runs_of(("t5", "bart", "whisper"), RUNS)
+def test_cuts_of_one_attention_in_two_stacks(name: str, run: str, address: str) -> None:
+    d = oracle_of(name).d_value
+    for number, cut in enumerate(
+        [
+            Freeze("qk", layers=[address], heads=[1]),
+            Edit("v", "value", numbers(d), layers=[address], heads=[0, 2]),
+            Edit("rot_k", "add", 0.5, layers=[address], heads=[3], positions=[1, 4]),
+            Edit("scores", "add", 0.5, layers=[address], heads=[1, 3], positions=[0, 2]),
+            Edit("pattern", "diagonal", layers=[address], heads=[2]),
+            Edit("pattern", "previous", layers=[address], strength=0.5),
+            Edit("pattern", "mean", layers=[address], heads=[2]),
+        ]
+    ):
+        check(name, run, Spec(cut), key=(address, number))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_sites_fit_together(name: str) -> None:
+    """pattern = softmax(scores) (less a sink's share), z = pattern @ v, and q . k goes into scores: also for inline classes."""
+    model = model_of(name, "eager")
+    patch_model(model)
+    with capture(model, ["rot_q", "rot_k", "v", "scores", "pattern", "z"]) as run, torch.no_grad():
+        model(**inputs_of(name))
+    for address in dict.fromkeys(address for address, _ in run):
+        q, k, v, scores, pattern, z = (run[address, site] for site in ("rot_q", "rot_k", "v", "scores", "pattern", "z"))
+        v = v.repeat_interleave(HEADS // v.shape[1], 1)
+        torch.testing.assert_close(pattern @ v, z, atol=1e-5, rtol=1e-5)
+        rows = pattern.sum(dim=-1)
+        if name == "gpt_oss":
+            assert (rows[(scores > -1e4).any(dim=-1)] < 1).any(), "a sink takes its share"
+        else:
+            torch.testing.assert_close(scores.softmax(dim=-1), pattern, atol=1e-6, rtol=1e-5)
+        product = q @ k.transpose(-1, -2)
+        assert product.shape == scores.shape
+        if name not in ("t5", "bloom", "mpt", "falcon_alibi", "gemma2"):  # biases and soft caps stand between
+            seen = scores > -1e4
+            factor = (scores[seen] / product[seen]).median()
+            torch.testing.assert_close(product[seen] * factor, scores[seen], atol=1e-4, rtol=1e-4)
+
+
+# -- random specs ------------------------------------------------------------------------------------------------------------------
+
+_SMALL = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def edits(draw: Any, name: str, actions: Any = None, sites: Any = SITES) -> Edit:
+    site = draw(st.sampled_from(sites))
+    action = draw(st.sampled_from([a for a in actions or ACTIONS if a not in TEMPLATES or site == "pattern"]))
+    heads = draw(st.one_of(st.just("all"), st.lists(st.integers(0, HEADS - 1), min_size=1, max_size=HEADS, unique=True)))
+    word, arguments = ACTIONS[action] if action in ACTIONS else (action, lambda site, heads, d: {})
+    gqa = draw(st.sampled_from(["isolated", "shared"]))
+    count = HEADS if heads == "all" else len(heads)
+    if gqa == "shared" and site in ("k", "rot_k", "v") and heads != "all":
+        size = HEADS // (KV_HEADS if name in GROUPED else HEADS)
+        count = size * len({head // size for head in heads})
+    return Edit(
+        site,
+        word,
+        **arguments(site, count, width(name, site)),
+        layers=draw(st.sampled_from(["all", [0], [1], [0, 1], ["self.1"]])),
+        heads=heads,
+        backward=draw(st.sampled_from(["natural", "stopgrad", "ste"])),
+        strength=draw(st.sampled_from([1.0, 0.0, 0.25, 0.8])),
+        positions=draw(
+            st.one_of(st.none(), st.lists(st.integers(0, LENGTH - 1), min_size=1, max_size=LENGTH, unique=True))
+        ),
+        gqa=gqa,
+        seed=draw(st.integers(0, 5)),
+    )
+
+
+@st.composite
+def freezes(draw: Any, name: str, to: Any = FREEZES) -> Freeze:
+    return freeze(
+        name,
+        draw(st.sampled_from(["qk", "ov", "both"])),
+        draw(st.sampled_from(to)),
+        heads=draw(st.lists(st.integers(0, HEADS - 1), min_size=1, max_size=HEADS, unique=True)),
+        layers=draw(st.sampled_from(["all", [0], [1]])),
+        backward=draw(st.sampled_from(["stopgrad", "ste"])),
+        strength=draw(st.floats(0, 1)),
+        gqa=draw(st.sampled_from(["isolated", "shared"])),
+        seed=draw(st.integers(0, 5)),
+    )
+
+
+def specs(name: str, **more: Any) -> Any:
+    one = st.one_of(edits(name, **more), freezes(name))
+    return st.lists(one, min_size=1, max_size=3).map(Spec)
+
+
+@runs_of(("llama", "gpt2"))
+def test_random_specs_equal_the_oracle(name: str, run: str) -> None:
+    @_SMALL
+    @given(specs(name), st.sampled_from([0, PADDING]))
+    def compare(spec: Spec, padding: int) -> None:
+        check(name, run, spec, 0 if run == "sdpa-auto" and mixes_positions(spec) else padding)
+
+    compare()

@@ -1,0 +1,328 @@
+"""The families that `patches/` describes: equal to transformers bit for bit, every point live, anatomy as stored."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH, PADDING, WINDOW
+from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
+
+from surgery import Edit, UnsupportedArchitectureError, capture, find_anatomy, patch_model, unpatch_model
+from surgery.sites import SITES
+
+NAMES = (
+    "gptj", "codegen", "gpt_neo", "falcon_multi_query", "falcon_grouped", "falcon_alibi", "bloom", "mpt", "gpt2_reordered",
+)  # fmt: skip
+CASES = [(name, i) for name in NAMES for i in ("eager", "sdpa") if i == "eager" or FAMILIES[name].sdpa]
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon multi-query with alibi": ("falcon_multi_query", {"alibi": True}),
+    "falcon grouped with alibi": ("falcon_grouped", {"alibi": True}),
+    "falcon not parallel": ("falcon_multi_query", {"parallel_attn": False}),
+    "bloom in slices": ("bloom", {"pretraining_tp": 2, "slow_but_exact": True}),
+    "mpt with a clip": ("mpt", {"attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.2}}),
+    "mpt shorter than the sequence": ("mpt", {"n_heads": 8, "max_seq_len": LENGTH}),
+    "gpt2 without scaling": ("gpt2_reordered", {"scale_attn_weights": False}),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_dropout": 0.3, "resid_dropout": 0.2},
+    "mpt": {"resid_pdrop": 0.2},  # its config takes no other attn_pdrop than 0: the test sets it on the modules
+    **{name: {"attn_pdrop": 0.3, "resid_pdrop": 0.2} for name in ("gptj", "codegen", "gpt2_reordered")},
+    **{name: {"attention_dropout": 0.3, "hidden_dropout": 0.2} for name in NAMES if "falcon" in name or name == "bloom"},
+}
+
+UNCHANGED = Edit("z", "scale", 1.0)
+"""A cut that changes nothing but has the module's own kernel run behind the points, without the reconstruction."""
+
+by_name = pytest.mark.parametrize("name", NAMES)
+by_case = pytest.mark.parametrize(("name", "implementation"), CASES)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def plain(name: str, implementation: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
+    """A model that no test may change."""
+    return FAMILIES[name].build(implementation, dtype)
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
+    return model(**inputs, **more)
+
+
+def inputs_of(name: str) -> list[dict[str, Tensor]]:
+    """Two rows, one padded on the left; one row; one token."""
+    family = FAMILIES[name]
+    return [family.inputs(), family.inputs(batch=1, padding=0), family.inputs(length=1, padding=0)]
+
+
+# -- equal to transformers ----------------------------------------------------------------------------------------------------
+
+
+@by_dtype
+@by_case
+def test_without_cuts_it_is_the_same_model(name: str, implementation: str, dtype: torch.dtype) -> None:
+    model = FAMILIES[name].build(implementation, dtype)
+    for spec in (None, UNCHANGED):
+        patch_model(model, spec)
+        for inputs in inputs_of(name):
+            assert torch.equal(run(model, inputs).logits, run(plain(name, implementation, dtype), inputs).logits)
+
+
+@by_dtype
+@by_case
+def test_kernel_eager_is_the_eager_model(name: str, implementation: str, dtype: torch.dtype) -> None:
+    model = patch_model(FAMILIES[name].build(implementation, dtype), kernel="eager")
+    for inputs in inputs_of(name):
+        assert torch.equal(run(model, inputs).logits, run(plain(name, "eager", dtype), inputs).logits)
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_kernel_eager_is_the_eager_model_in_less_common_configurations(case: str) -> None:
+    name, options = MORE[case]
+    family = FAMILIES[name]
+    for implementation in ("eager", "sdpa") if family.sdpa else ("eager",):
+        model = patch_model(family.build(implementation, **options), kernel="eager")
+        for inputs in inputs_of(name):
+            assert torch.equal(run(model, inputs).logits, run(family.build(**options), inputs).logits)
+
+
+@by_name
+def test_kernel_eager_is_the_eager_model_under_autocast(name: str) -> None:
+    model, inputs = patch_model(FAMILIES[name].build(), kernel="eager"), FAMILIES[name].inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (run(m, inputs, output_attentions=True) for m in (model, plain(name)))
+    assert torch.equal(found.logits, expected.logits)
+    assert all(torch.equal(a, b) for a, b in zip(found.attentions, expected.attentions, strict=True))
+
+
+@by_case
+def test_gradients(name: str, implementation: str) -> None:
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    inputs = FAMILIES[name].inputs()
+    model = FAMILIES[name].build(implementation)
+    for kernel, own in (("auto", implementation), ("eager", "eager")):
+        found, expected = gradients(patch_model(model, kernel=kernel)), gradients(plain(name, own))
+        assert list(found) == list(expected)
+        assert [n for n in found if not torch.equal(found[n], expected[n])] == []
+
+
+@by_case
+def test_training_with_dropout_under_a_seed(name: str, implementation: str) -> None:
+    def logits(model: nn.Module) -> Tensor:
+        for module in model.modules():
+            if hasattr(module, "attn_dropout_p"):
+                module.attn_dropout_p = 0.3
+        torch.manual_seed(5)
+        return run(model.train(), inputs).logits
+
+    family, inputs = FAMILIES[name], FAMILIES[name].inputs()
+    own, eager, model = (family.build(i, **DROPOUT[name]) for i in (implementation, "eager", implementation))
+    assert not torch.equal(logits(own), run(own.eval(), inputs).logits), "dropout must act, or this test shows nothing"
+    assert torch.equal(logits(patch_model(model)), logits(own))
+    assert torch.equal(logits(patch_model(model, UNCHANGED)), logits(own))
+    assert torch.equal(logits(patch_model(model, kernel="eager")), logits(eager))
+
+
+@by_case
+def test_generation_with_a_cache(name: str, implementation: str) -> None:
+    def tokens(model: Any) -> Tensor:
+        return model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+    inputs = FAMILIES[name].inputs()
+    model = FAMILIES[name].build(implementation)
+    assert torch.equal(tokens(patch_model(model)), tokens(plain(name, implementation)))
+    assert torch.equal(tokens(patch_model(model, UNCHANGED)), tokens(plain(name, implementation)))
+    assert torch.equal(tokens(patch_model(model, kernel="eager")), tokens(plain(name)))
+
+
+@by_case
+def test_attention_weights(name: str, implementation: str) -> None:
+    inputs = FAMILIES[name].inputs()
+    model = FAMILIES[name].build(implementation)
+    for spec, kernel, own in ((None, "auto", implementation), (None, "eager", "eager"), (UNCHANGED, "auto", implementation)):
+        found = run(patch_model(model, spec, kernel=kernel), inputs, output_attentions=True)
+        expected = run(plain(name, own), inputs, output_attentions=True)
+        assert len(found.attentions) == len(expected.attentions) == (0 if (name, own) == ("gpt2_reordered", "sdpa") else LAYERS)
+        for one, other in zip(found.attentions, expected.attentions, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(found.logits, expected.logits)
+
+
+# -- cuts ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+@by_case
+def test_every_point_is_live(name: str, implementation: str, kernel: Any) -> None:
+    model, inputs = FAMILIES[name].build(implementation), FAMILIES[name].inputs(padding=0)
+    before = run(patch_model(model, kernel=kernel), inputs).logits
+    for site in SITES:
+        cut = Edit(site, "scale", 0.5, layers=[1], heads=[2], gqa="shared" if site == "k" else "isolated")
+        assert (run(patch_model(model, cut, kernel=kernel), inputs).logits - before).abs().max() > 1e-4, site
+
+
+@by_case
+def test_points_have_the_documented_shapes(name: str, implementation: str) -> None:
+    model, inputs = FAMILIES[name].build(implementation), FAMILIES[name].inputs(padding=0)
+    with capture(model, list(SITES), layers=[0]) as seen:
+        run(model, inputs)
+    attention = find_anatomy(model)[0]
+    batch, d_model, groups = 2, FAMILIES[name].build().config.hidden_size, attention.group_size
+    head, kv_head = (batch, HEADS, LENGTH, attention.d_head), (batch, HEADS // groups, LENGTH, attention.d_head)
+    shapes = {
+        **dict.fromkeys(("q", "rot_q", "rot_k", "z"), head),
+        **dict.fromkeys(("k", "v"), kv_head),
+        **dict.fromkeys(("scores", "pattern"), (batch, HEADS, LENGTH, LENGTH)),
+        "result": (batch, HEADS, LENGTH, d_model),
+    }
+    assert {site: tuple(seen[0, site].shape) for site in SITES} == shapes
+    pattern, v = seen[0, "pattern"], seen[0, "v"].repeat_interleave(groups, 1)
+    assert torch.allclose(pattern.sum(-1), torch.ones(batch, HEADS, LENGTH), atol=1e-5)
+    assert torch.allclose(pattern @ v, seen[0, "z"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if FAMILIES[n].sdpa])
+def test_a_matrix_cut_in_a_fused_kernel_is_that_kernels_function(name: str) -> None:
+    """Cutting nothing from scores and pattern gives sdpa's own result: of falcon with alibi, the bias once and not twice."""
+    model, inputs = FAMILIES[name].build("sdpa"), FAMILIES[name].inputs(padding=0)
+    for site in ("scores", "pattern"):
+        found = run(patch_model(model, Edit(site, "scale", 1.0, heads=[1, 2])), inputs).logits
+        # The fused kernel sums in another order.
+        assert torch.allclose(found, run(plain(name, "sdpa"), inputs).logits, atol=1e-4)
+    gap = run(plain("falcon_alibi", "sdpa"), inputs).logits - run(plain("falcon_alibi"), inputs).logits
+    assert gap.abs().max() > 0.01, "transformers' falcon adds alibi once in eager too; this test no longer shows anything"
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
+def test_templates_keep_to_a_mask_of_the_family(name: str) -> None:
+    model, inputs = patch_model(FAMILIES[name].build(), Edit("pattern", "uniform")), FAMILIES[name].inputs()
+    with capture(model, ["pattern"], layers=[1]) as seen:
+        run(model, inputs)
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    allowed = (distance >= 0) & (distance < (WINDOW if name == "gpt_neo" else LENGTH))
+    allowed = allowed[None, None] & inputs["attention_mask"][:, None, None].bool()
+    expected = (allowed / allowed.sum(-1, keepdim=True)).expand(-1, HEADS, -1, -1)
+    live = torch.ones(2, LENGTH, dtype=torch.bool)
+    live[0, :PADDING] = False
+    assert torch.allclose(seen[1, "pattern"].transpose(1, 2)[live], expected.transpose(1, 2)[live])
+
+
+# -- the object ---------------------------------------------------------------------------------------------------------------
+
+
+@by_case
+def test_copies_pickles_and_undo(name: str, implementation: str) -> None:
+    model, inputs = FAMILIES[name].build(implementation), FAMILIES[name].inputs()
+    classes = [type(module) for module in model.modules()]
+    for kernel in ("auto", "eager"):
+        patch_model(model, Edit("pattern", "scale", 0.5, heads=[1]), kernel=kernel)
+        expected = run(model, inputs).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(run(twin, inputs).logits, expected)
+    unpatch_model(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(run(model, inputs).logits, run(plain(name, implementation), inputs).logits)
+
+
+# -- anatomy ------------------------------------------------------------------------------------------------------------------
+
+Layout = Callable[[int, int, int], tuple[int, int, int]]
+"""(head, kv head, d) -> first channel of q, k and v; d is the width of a head."""
+
+LAYOUTS: dict[str, Layout] = {
+    "gptj": lambda h, g, d: (h * d, g * d, g * d),
+    "gpt_neo": lambda h, g, d: (h * d, g * d, g * d),
+    "codegen": lambda h, g, d: (3 * h * d, (3 * g + 2) * d, (3 * g + 1) * d),  # as many blocks [q | v | k] as heads here
+    "falcon_multi_query": lambda h, g, d: (h * d, HEADS * d, (HEADS + 1) * d),
+    "falcon_grouped": lambda h, g, d: ((h // 2 * 4 + h % 2) * d, (4 * g + 2) * d, (4 * g + 3) * d),
+    "falcon_alibi": lambda h, g, d: (3 * h * d, (3 * g + 1) * d, (3 * g + 2) * d),
+    "bloom": lambda h, g, d: (3 * h * d, (3 * g + 1) * d, (3 * g + 2) * d),
+    "mpt": lambda h, g, d: (h * d, (HEADS + g) * d, (2 * HEADS + g) * d),
+    "gpt2_reordered": lambda h, g, d: (h * d, (HEADS + g) * d, (2 * HEADS + g) * d),
+}
+
+
+@by_name
+def test_projections_are_derived(name: str) -> None:
+    anatomy = find_anatomy(plain(name))
+    assert [a.address for a in anatomy] == ["self.0", "self.1"]
+    for attention in anatomy:
+        kv_heads = {"falcon_multi_query": 1, "falcon_grouped": KV_HEADS}.get(name, HEADS)
+        assert (attention.heads, attention.kv_heads, attention.why) == (HEADS, kv_heads, {})
+        d = attention.d_head
+        for head in range(HEADS):
+            group = head // attention.group_size
+            starts = LAYOUTS[name](head, group, d)
+            for site, row, start in zip("qkvo", (head, group, group, head), (*starts, head * d), strict=True):
+                assert attention.projections[site].channels[row].tolist() == list(range(start, start + d)), (site, head)
+
+
+# -- quirks -------------------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_reordered_in_cross_attention() -> None:
+    options = {"add_cross_attention": True, "scale_attn_by_inverse_layer_idx": False}
+    inputs = {**FAMILIES["gpt2_reordered"].inputs(), "encoder_hidden_states": torch.randn(2, 4, 32)}
+    model: GPT2LMHeadModel = FAMILIES["gpt2_reordered"].build("sdpa", torch.bfloat16, **options)
+    eager = FAMILIES["gpt2_reordered"].build("eager", torch.bfloat16, **options)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].to(torch.bfloat16)
+    found = run(patch_model(model, kernel="eager"), inputs).logits
+    assert torch.equal(found, run(eager, inputs).logits)
+
+
+def test_bloom_in_slices_has_no_output_projection_to_cut() -> None:
+    attention = find_anatomy(FAMILIES["bloom"].build(pretraining_tp=2, slow_but_exact=True))[0]
+    assert list(attention.why) == ["o"]
+
+
+def test_a_subclass_with_its_own_core_gets_its_own_reconstruction() -> None:
+    class Doubled(GPTJAttention):
+        def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return GPTJAttention._attn(self, 2 * query, key, value, attention_mask)
+
+    patch_model(FAMILIES["gptj"].build(), kernel="eager")  # leaves a trace of the usual core
+    model, inputs = FAMILIES["gptj"].build(), FAMILIES["gptj"].inputs()
+    for block in model.transformer.h:
+        block.attn.__class__ = Doubled
+    expected = run(model, inputs).logits
+    assert not torch.equal(expected, run(plain("gptj"), inputs).logits)
+    assert torch.equal(run(patch_model(model, kernel="eager"), inputs).logits, expected)
+
+
+def test_recording_leaves_buffers_where_they_are() -> None:
+    model = FAMILIES["gptj"].build()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+    find_anatomy(model)
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+
+
+def test_the_classes_that_run_flash_attention_inline_are_refused() -> None:
+    model = FAMILIES["gptj"].build()
+    model.transformer.h[0].attn.__class__ = GPTJFlashAttention2
+    model.transformer.h[0].attn._flash_attn_uses_top_left_mask = False
+    with pytest.raises(UnsupportedArchitectureError, match=r"transformer\.h\.0\.attn.*GPTJFlashAttention2"):
+        patch_model(model)
+    assert [a.address for a in find_anatomy(model, strict=False)] == ["self.1"]
