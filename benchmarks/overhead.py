@@ -62,7 +62,7 @@ class Settings:
         return row(group, what, pairs.to_dict(), target if self.device == "cpu" else None)
 
 
-QUICK = Settings(rounds=3, steps=8, memory_length=1024, patch_layers=(6, 12), patch_rounds=1)
+QUICK = Settings(rounds=3, batch=1, length=32, steps=4, memory_length=512, patch_layers=(6, 12), patch_rounds=1)
 
 
 def forward(s: Settings) -> Iterator[Row]:

@@ -50,7 +50,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Folder or hub name of a causal LM.", show_default="the packaged model")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a causal LM.", show_default="the packaged model")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text or text file to repeat.", show_default="random tokens")] = None,
     to: Annotated[To, typer.Option(help="What frozen circuits become.")] = To.zero,
     seed: Annotated[int, typer.Option(help="Of the random tokens, of noise and of resampling.")] = 0,

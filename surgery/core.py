@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy, Attention
 from surgery.cache import check_cache, find_cache, offsets
-from surgery.errors import SurgeryError, describe
+from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
 from surgery.interventions import Heads, Operation, Where
 from surgery.masks import Mask, is_additive, to_additive
 from surgery.rewrite import Reconstruction, Rewriter, read
 from surgery.sites import MATRIX_SITES, SITES
 from surgery.spec import Spec
+
+_PAGED_SITES = frozenset({"q", "k", "rot_q", "z", "result"})
 
 
 @dataclass
@@ -216,6 +218,8 @@ class Surgery:
         In the module's own kernel, unless the attention matrix of some heads is needed: then these heads alone are
         computed by the reconstruction, all of them where the module computes its matrix anyway.
         """
+        if kwargs.get("cache") is not None:
+            self._check_paged()
         if self.is_cross and self.needs_position:
             self.where = self.where.after_self_attention(query.shape[2])
         elif self.where.is_cached:
@@ -235,6 +239,18 @@ class Surgery:
         if self.matrix_heads:
             output = self._with_matrix(output, implementation, query, key, value, attention_mask, kwargs, groups)
         return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
+
+    def _check_paged(self) -> None:
+        """Continuous batching: many sequences in one row, and their keys in a paged cache that only the kernel reads."""
+        if self.plan.reconstruct or self.needs_position or self.plan.sites - _PAGED_SITES:
+            raise CacheError(
+                describe(
+                    f"{self.path!r}",
+                    f"a paged KV cache (continuous batching) and work at {', '.join(sorted(self.plan.sites)) or 'every site'}",
+                    f"kernel='auto' and cuts at {', '.join(sorted(_PAGED_SITES))} that do not depend on the position",
+                    "Use model.generate.",
+                )
+            )
 
     def at(self, site: str, tensor: Tensor, held: Sequence[int] | None = None, only: frozenset[str] | None = None) -> Tensor:
         """An intervention point: applies the site's operations in spec order and shows the result to its probes.

@@ -66,14 +66,29 @@ class Inspection:
         return pd.DataFrame(self.as_dicts())
 
     def table(self) -> Table:
-        """The rows as a rich table."""
+        """The rows as a rich table; without cuts and runs where there are none."""
         table = Table(title=f"Attention of {self.model_class}", title_justify="left")
-        for name in ("address", "class", "heads / kv", "d_head", "projections", "fused", "kernel", "cuts", "runs"):
-            table.add_column(name, overflow="fold")
-        for r in self.rows:
-            runs = "" if r.runs is None else str(r.runs)
-            cells = (r.address, r.attention, f"{r.heads} / {r.kv_heads}", str(r.d_head), r.projections, r.fusion, r.kernel)
-            table.add_row(*cells, r.cuts, runs)
+        names = ("address", "class", "heads / kv", "d_head", "projections", "fused", "kernel", "cuts", "runs")
+        lines = [
+            (
+                r.address,
+                r.attention,
+                f"{r.heads} / {r.kv_heads}",
+                str(r.d_head),
+                r.projections,
+                r.fusion,
+                r.kernel,
+                r.cuts,
+                runs,
+            )
+            for r in self.rows
+            for runs in ["" if r.runs is None else str(r.runs)]
+        ]
+        kept = [i for i, name in enumerate(names) if name not in ("cuts", "runs") or any(line[i] for line in lines)]
+        for i in kept:
+            table.add_column(names[i], overflow="fold", no_wrap=names[i] == "address")
+        for line in lines:
+            table.add_row(*(line[i] for i in kept))
         return table
 
     def __str__(self) -> str:

@@ -50,11 +50,10 @@ def to_additive(
     n_queries, n_keys = query.shape[2], key.shape[2]
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    base = implementation.removeprefix("paged|")
-    if "flash" in base:
+    if "flash" in implementation:
         return _from_flash(mask, query, key, bool(causal), kwargs)
     if mask is None:
-        if base == "sdpa" and n_queries > 1 and causal:
+        if implementation == "sdpa" and n_queries > 1 and causal:
             return _from_boolean(_triangle(n_queries, n_keys, 0, query.device)[None, None], query.dtype)
         return Mask(None, None)
     if isinstance(mask, Tensor):

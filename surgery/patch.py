@@ -220,7 +220,7 @@ def _swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) 
                 owner.__dict__["_surgery"] = {}
                 _set_class(owner, owner_class(owner_type))
             taps = owner._surgery
-        taps.setdefault(place.name, Tap(surgery, {})).sites[site] = place.channels
+        taps.setdefault(place.name, Tap(surgery)).add(site, place.channels)
     surgery.set_plan(plan, own)
     attach(module)
 
@@ -300,10 +300,11 @@ def verify(attention: Attention) -> None:
     for masked in (False, True):
         arguments = sample_arguments(rewriter, shapes, core["kwargs"], masked)
         graph = rewriter.graph(arguments, attention.core_groups)
-        if any(t.is_meta for t in (*module.parameters(), *module.buffers())) or _verified(graph, attention):
+        # Layers of one shape share their trace, and need one comparison.
+        key = (id(graph), (attention.heads, attention.kv_heads, attention.d_head, attention.d_value))
+        if key in _VERIFIED or any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             continue
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        arguments = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+        arguments = {n: _like(module, t) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             expected = rewriter.eager(module, **arguments)[0]
@@ -319,17 +320,18 @@ def verify(attention: Attention) -> None:
                 )
             )
 
+        _VERIFIED.add(key)
+
 
 _VERIFIED: set[tuple[int, Any]] = set()
 
 
-def _verified(graph: Any, attention: Attention) -> bool:
-    """Whether this trace was compared already for these head counts; layers of one shape share it."""
-    key = (id(graph), (attention.heads, attention.kv_heads, attention.d_head, attention.d_value))
-    if key in _VERIFIED:
-        return True
-    _VERIFIED.add(key)
-    return False
+def _like(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """On the module's device, and in float64 if the module computes in it."""
+    parameter = next(module.parameters(), None)
+    tensor = tensor if parameter is None else tensor.to(parameter.device)
+    is_double = parameter is not None and parameter.dtype == torch.float64 and tensor.is_floating_point()
+    return tensor.double() if is_double else tensor
 
 
 def _warn_silent(addresses: Sequence[str]) -> None:

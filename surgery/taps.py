@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from surgery.interventions import Heads
 
 if TYPE_CHECKING:
     from surgery.core import Surgery
@@ -21,7 +23,12 @@ class Tap:
     """
 
     surgery: Surgery
-    sites: dict[str, Tensor]
+    sites: dict[str, Tensor] = field(default_factory=dict)
+    _chosen: dict[str, Heads] = field(default_factory=dict)
+
+    def add(self, site: str, channels: Tensor) -> None:
+        """Sets the point of a site. Channels that are neighbours, as in most projections, are read and written as a view."""
+        self.sites[site], self._chosen[site] = channels, Heads(channels.flatten().tolist())
 
     def __call__(self, projection: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = projection(x, *args, **kwargs)
@@ -31,13 +38,13 @@ class Tap:
 
     def _rows(self, site: str, output: Tensor, channels: Tensor) -> Tensor:
         """q or k: the projection's channels by head, changed where they stand."""
-        index = channels.flatten().to(output.device)
-        by_head = output.index_select(-1, index).unflatten(-1, tuple(channels.shape))
+        chosen = self._chosen[site]
+        by_head = chosen.take(output, -1).unflatten(-1, tuple(channels.shape))
         shape = by_head.shape  # (batch, position, head, d), with more axes before head in some families
         edited = self.surgery.at(site, by_head.flatten(1, -3).transpose(1, 2))
         if not self.surgery.plan.of(site):
             return output
-        return output.index_copy(-1, index, edited.transpose(1, 2).reshape(shape).flatten(-2))
+        return chosen.put(output, edited.transpose(1, 2).reshape(shape).flatten(-2), -1)
 
     def _result(self, projection: nn.Module, x: Tensor, output: Tensor, channels: Tensor) -> Tensor:
         """result: what each head adds to the output; changed by adding the difference, so other heads stay exact."""

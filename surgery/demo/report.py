@@ -37,10 +37,9 @@ def table(study: Study) -> Table:
 
 def lines(study: Study) -> list[str]:
     """What the numbers are measured on, and who the two heads are."""
-    data = (
-        f"Measured on {study.sequences} sequences of {study.segment} tokens said twice ({study.model}), "
-        f"where the loss without cuts is {study.baseline_nats:.4f} nats per token of the second copy."
-    )
+    sequences = f"{study.sequences} sequence{'s' * (study.sequences != 1)} of {study.segment} tokens said twice"
+    loss = f"{study.baseline_nats:.4f} nats per token of the second copy"
+    data = f"Measured on {sequences} ({study.model}), where the loss without cuts is {loss}."
     return [data, *(_sentence(study, job) for job in (study.previous_token, study.induction))]
 
 
@@ -59,7 +58,7 @@ def _sentence(study: Study, job: Job) -> str:
     return (
         f"{job.name.capitalize()} head: none found. {_name(study, index).capitalize()} looks most at {looks_at}: "
         f"{job.scores[index]:.1%} of its attention (needed: {job.least_score:.1%}), and the dearer of its cuts costs "
-        f"{_signed(study.costs_nats[index])} nats per token (needed: {_signed(least_cost(study.costs_nats))})."
+        f"{_signed(study.costs_nats[index])} nats per token (needed: {least_cost(study.costs_nats):.3f})."
     )
 
 

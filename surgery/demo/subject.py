@@ -21,6 +21,8 @@ from surgery.errors import SurgeryError, describe
 SEGMENT = 24
 """Tokens in one copy, unless told otherwise: the packaged model was trained on 8 to 30."""
 LEAST_SEGMENT = 4
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
+"""Without any of these beside a model, transformers may make up a tokenizer that knows special tokens only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +57,15 @@ class Subject:
         segment: tokens in one copy. varied: use the first tokens of each segment, randomly half of them to all.
         Raises SurgeryError for what the model or the text is too short for.
         """
-        segment = self._fitting(segment)
-        segments = self._random(batch, segment, seed) if text is None else self._from_text(text, batch, segment)
+        if text is None:
+            tokens = self._usable()
+            segment = self._fitting(segment, len(tokens))
+            # Numbers from 1 on, in place of the usable tokens.
+            segments = tokens[repeated_sequences(batch, segment, len(tokens) + 1, seed)[:, 1 : 1 + segment] - 1]
+        else:
+            tokens = self._tokens(text)
+            segment = min(self._fitting(segment), len(tokens))
+            segments = tokens[: len(tokens) // segment * segment].view(-1, segment)[:batch]
         rows, longest = segments.shape
         shortest = max(3, longest // 2) if varied else longest
         lengths = torch.randint(shortest, longest + 1, (rows,), generator=torch.Generator().manual_seed(seed))
@@ -71,20 +80,22 @@ class Subject:
         shown = self.tokenizer.decode([token]).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
         return shown if len(shown) <= 10 else f"{shown[:9]}…"
 
-    def _fitting(self, segment: int | None) -> int:
-        """A segment of which two copies fit into the model's positions."""
-        longest = getattr(self.config, "max_position_embeddings", None)
-        most = None if longest is None else (longest - (self.bos is not None)) // 2
+    def _fitting(self, segment: int | None, tokens: int | None = None) -> int:
+        """A segment of which two copies fit into the model's positions, of no more than so many tokens."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        limits = {} if tokens is None else {f"{tokens} tokens in the vocabulary": tokens}
+        if positions is not None:
+            limits[f"two copies within {positions} positions"] = (positions - (self.bos is not None)) // 2
+        most = min(limits.values(), default=SEGMENT if segment is None else segment)
         if segment is None:
-            segment = SEGMENT if most is None else min(SEGMENT, most)
-        if segment < LEAST_SEGMENT or (most is not None and segment > most):
-            expected = f"at least {LEAST_SEGMENT}"
-            if most is not None:
-                expected += f" and at most {most}, as two copies must fit into the {longest} positions of {self.name}"
+            segment = min(SEGMENT, most)
+        if not LEAST_SEGMENT <= segment <= most:
+            expected = f"{LEAST_SEGMENT} to {most} ({self.name} has room for {' and '.join(limits) or 'any number'})"
             raise SurgeryError(describe("segment", f"{segment} tokens", expected, "Pass such a --segment."))
         return segment
 
-    def _random(self, batch: int, segment: int, seed: int) -> Tensor:
+    def _usable(self) -> Tensor:
+        """The tokens of the vocabulary, without special ones."""
         model: Any = self.model
         vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", self.config.vocab_size))
         if self.tokenizer is None:
@@ -92,29 +103,18 @@ class Subject:
             special = {i for token in tokens for i in (token if isinstance(token, list) else [token])}
         else:
             vocabulary, special = min(vocabulary, len(self.tokenizer)), set(self.tokenizer.all_special_ids)
-        usable = torch.tensor([i for i in range(vocabulary) if i not in special], dtype=torch.long)
-        if len(usable) < segment:
-            raise SurgeryError(
-                describe(
-                    "segment", f"{segment} tokens", f"at most the {len(usable)} of the vocabulary", "Pass a smaller --segment."
-                )
-            )
-        # Numbers from 1 on, in place of the usable tokens.
-        return usable[repeated_sequences(batch, segment, len(usable) + 1, seed)[:, 1 : 1 + segment] - 1]
+        return torch.tensor([i for i in range(vocabulary) if i not in special], dtype=torch.long)
 
-    def _from_text(self, text: str, batch: int, segment: int) -> Tensor:
+    def _tokens(self, text: str) -> Tensor:
         if self.tokenizer is None:
+            do = "Pass another --model, or leave --text out: random tokens need no tokenizer."
             raise SurgeryError(
-                describe(
-                    f"text for {self.name}", f"no tokenizer ({self.missing})", "its tokenizer's files beside the model",
-                    "Pass another --model, or leave --text out: random tokens need no tokenizer.",
-                )
-            )  # fmt: skip
+                describe(f"text for {self.name}", f"no tokenizer ({self.missing})", "a tokenizer beside the model", do)
+            )
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
         if len(ids) < LEAST_SEGMENT:
             raise SurgeryError(describe("text", f"{len(ids)} tokens", f"at least {LEAST_SEGMENT}", "Pass a longer --text."))
-        segment = min(segment, len(ids))
-        return ids[: len(ids) // segment * segment].view(-1, segment)[:batch]
+        return ids
 
 
 def load(name: str | None = None, device: str | torch.device = "cpu") -> Subject:
@@ -126,6 +126,11 @@ def load(name: str | None = None, device: str | torch.device = "cpu") -> Subject
         return _loaded(_existing(name), name, device)
     with as_file(files("surgery.demo").joinpath("model")) as folder, _quiet():
         return _loaded(str(folder), "the packaged model", device)
+
+
+def load_model(name: str | None = None, device: str | torch.device = "cpu") -> Any:
+    """The model alone that `load` loads: without a name the packaged one, a LlamaForCausalLM. Raises SurgeryError."""
+    return load(name, device).model
 
 
 def skeleton(name: str) -> nn.Module:
@@ -150,16 +155,24 @@ def read_text(text: str) -> str:
 
 def _loaded(path: str, name: str, device: str | torch.device) -> Subject:
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False).to(device)
+        model, notes = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # whatever a foreign loader raises, there is no model
         raise _unreadable(name, "a causal language model", error) from error
+    if missing := sorted(notes["missing_keys"]):
+        found = f"no weights for {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        do = "These would be random: pass a checkpoint of the whole language model."
+        raise SurgeryError(describe(f"model {name!r}", found, f"all weights of {type(model).__name__}", do))
+    model = model.to(device).eval()
+    folder = Path(path)
+    if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        return Subject(name, model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # only a text needs it
-        return Subject(name, model.eval(), None, _first_line(error))
-    # Without files transformers may make a tokenizer that knows special tokens only.
-    empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))
-    return Subject(name, model.eval(), None if empty else tokenizer)
+        return Subject(name, model, missing=_first_line(error))
+    return Subject(name, model, tokenizer)
 
 
 def _existing(name: str) -> str:

@@ -1,0 +1,234 @@
+"""The benchmarks run and count right; nothing here is timed against a bound."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine, memory, models, overhead, patching, results, table
+from benchmarks.timing import Pairs, Spread, interleave
+from surgery import Edit, Spec, patched
+from surgery.classes import SurgicalAttention
+
+TOY = overhead.Settings(
+    rounds=2,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    d_head=4,
+    batch=2,
+    length=6,
+    prompt=3,
+    steps=3,
+    memory_length=64,
+    patch_layers=(1, 2),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the benchmarks have it; and threads that wait for one another are slow where tests share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def numbers(found: results.Row) -> tuple[float, float, float]:
+    return found["value"], found["low"], found["high"]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[results.Row]:
+    with torch.no_grad():
+        return [row for part in ("forward", "eager", "grouped", "decoding") for row in overhead.PARTS[part](TOY)]
+
+
+def test_every_part_gives_ratios(rows: list[results.Row]) -> None:
+    assert len(rows) == len({(row["group"], row["what"]) for row in rows}) >= 18
+    for row in rows:
+        value, low, high = numbers(row)
+        assert 0 < low <= value <= high and row["rounds"] == TOY.rounds
+        assert (row["met"] is None) == (row["target"] is None)
+    targets = {row["target"] for row in rows}
+    assert targets == {None, 1.02, 1.03, 1.05, 1.10}
+
+
+def test_spread_and_ratios_are_of_pairs() -> None:
+    found = Pairs(((1.0, 2.0), (2.0, 2.0), (4.0, 2.0)), ((1.0, 3.0),) * 3).to_dict()
+    assert numbers(found) == (1.0, 0.75, 1.5)
+    assert found["ratio_of_medians"] == 1.0 and found["cpu_value"] == 3.0 and found["seconds"] == [2.0, 2.0]
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+
+
+def test_interleave_runs_both_once_a_round_in_a_drawn_order() -> None:
+    calls: list[str] = []
+    found = interleave(lambda: calls.append("a"), lambda: calls.append("b"), rounds=20, seed=1, warmup=1)
+    rounds = ["".join(calls[i : i + 2]) for i in range(2, len(calls), 2)]
+    assert len(found.wall) == len(found.cpu) == len(rounds) == 20 and set(rounds) == {"ab", "ba"}
+
+
+def test_twins_share_weights_and_nothing_else() -> None:
+    plain = models.gpt2(2, 2, 8, vocabulary=11)
+    twin = models.twin(plain)
+    ids = models.tokens(1, 4, vocabulary=11)
+    assert [p.data_ptr() for p in plain.parameters()] == [p.data_ptr() for p in twin.parameters()]
+    before = plain(ids).last_hidden_state
+    with patched(twin, Edit("z", "zero")):
+        assert not any(isinstance(module, SurgicalAttention) for module in plain.modules())
+        assert torch.equal(plain(ids).last_hidden_state, before)
+
+
+def test_what_computes_something_else_is_not_timed() -> None:
+    plain, twin, ids = TOY.build()
+    expected = overhead.states(plain, ids)
+    overhead.agree("no cuts", overhead.states(twin, ids), expected)
+    with pytest.raises(RuntimeError, match=r"no cuts: differs from the unpatched model by \d"):
+        overhead.agree("no cuts", overhead.states(twin, ids) + 1, expected)
+    idle = Spec(Edit("z", "identity"))
+    with patched(twin, idle), pytest.raises(RuntimeError, match="idle: the cut changes nothing"):
+        overhead.check_cut("idle", twin, idle, ids, expected)
+    spec, other = (Spec(Edit("z", "scale", value=value)) for value in (0.5, 2.0))
+    with patched(twin, spec):
+        overhead.check_cut("half", twin, spec, ids, expected)
+        with pytest.raises(RuntimeError, match=r"half: the kernels differ by \d"):
+            overhead.check_cut("half", twin, other, ids, expected)
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, dict[str, int]]:
+    with torch.no_grad():
+        return {case: memory.measure(case, 512) for case in memory.CASES}
+
+
+def test_peak_memory_counts_matrices(peaks: dict[str, dict[str, int]]) -> None:
+    matrix = peaks["fused"]["matrix"]
+    grown = {case: (found["peak"] - peaks["fused"]["peak"]) / matrix for case, found in peaks.items()}
+    assert matrix == 512 * 512 * 4
+    assert grown["no-op"] == 0
+    # At least the matrix itself; one head never what twelve cost.
+    for case in ("capture-one", "scores-one", "pattern-one"):
+        assert 1 <= grown[case] < memory.HEADS
+    # Scores, what they are changed to, and the result.
+    assert 2 <= (grown["scores-all"] - grown["scores-one"]) / 11 <= 4
+    assert grown["eager"] > memory.HEADS
+
+
+def test_peak_of_a_known_computation() -> None:
+    def forward() -> None:
+        first = torch.ones(1000, 1000)
+        second = first + 1
+        del first
+        torch.exp(second)
+
+    assert memory._peak_cpu(forward) == pytest.approx(2 * 4_000_000, rel=0.01)
+
+
+def test_patching_is_measured_and_summed_up() -> None:
+    found = patching.measure(1, heads=2, d_head=4)
+    assert set(found) == {*patching.STEPS, "forward"} and all(seconds > 0 for seconds in found.values())
+
+    def run(layers: int, seconds: float) -> dict[str, float]:
+        return {**dict.fromkeys(patching.STEPS, 0.1 + seconds * layers), "forward": 0.5}
+
+    rows = {(row["group"], row["what"]): row for row in patching.summary({n: [run(n, 0.05)] * 2 for n in (6, 12, 24)})}
+    first, growth = (row for row in rows.values() if row["what"].startswith("first patch"))
+    assert first["value"] == pytest.approx(1.4) and first["met"] is True
+    assert growth["value"] == pytest.approx(1.3 / 0.7) and growth["target"] == 2 and growth["met"] is True
+    assert growth["seconds_per_layer"] == pytest.approx(0.05) and growth["seconds_constant"] == pytest.approx(0.1)
+    slow = next(iter(patching.summary({12: [run(12, 0.2)]})))
+    assert slow["met"] is False
+
+
+def test_a_measurement_in_a_process_of_its_own() -> None:
+    found = results.child("patching", "--layers=1")
+    assert found["forward"] > 0
+    with pytest.raises(RuntimeError, match=r"-m benchmarks.nothing failed:\n.*No module named benchmarks.nothing"):
+        results.child("nothing")
+
+
+def result(tmp_path: Path, **more: Any) -> Path:
+    """A folder with the results of two rows."""
+    where = {**machine.describe("cpu"), **more}
+    seconds = {"seconds": [0.25, 0.5]}
+    rows = [
+        results.row("forward", "no cuts", {"value": 1.01, "low": 1.0, "high": 1.02, **seconds}, 1.02),
+        results.row("forward", "cut", {"value": 1.25, "low": 1.2, "high": 1.3, **seconds}, 1.05),
+        results.row("memory", "one head", {"value": 4.06, "low": 4.06, "high": 4.06}),
+    ]
+    content = {"benchmark": "toy", "machine": where, "settings": asdict(TOY), "rows": rows}
+    results.save(tmp_path / "results" / "toy-cpu.json", content)
+    return tmp_path / "results"
+
+
+PAGE = "# Title\n\n<!-- benchmark:toy -->\nold\n<!-- /benchmark:toy -->\nrest\n"
+
+
+def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
+    filled = table.fill(PAGE, result(tmp_path))
+    assert filled.startswith("# Title\n\n<!-- benchmark:toy -->\n") and filled.endswith("<!-- /benchmark:toy -->\nrest\n")
+    assert "| no cuts | 1.010 | 1.000 – 1.020 | ≤ 1.02 | yes |" in filled
+    assert "| cut | 1.250 | 1.200 – 1.300 | ≤ 1.05 | no |" in filled
+    assert "| one head | 4.06 |  |  |  |" in filled and "old" not in filled
+    assert f"torch {torch.__version__}" in filled and "2 interleaved rounds" in filled
+    assert " ms" not in filled
+    assert table.fill(filled, tmp_path / "results") == filled
+
+
+def test_absolute_times_only_of_a_gpu(tmp_path: Path) -> None:
+    filled = table.fill(PAGE, result(tmp_path, gpu="NVIDIA H100", cuda="13.0"))
+    assert "| no cuts | 1.010 | 1.000 – 1.020 | ≤ 1.02 | yes | 500.0 ms |" in filled
+    assert filled.count("NVIDIA H100 (CUDA 13.0); torch") == 1
+
+
+def test_check_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, page = result(tmp_path), tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["table", f"--file={page}", f"--results={folder}", *arguments])
+        return table.main()
+
+    assert call("--check") == 1 and page.read_text(encoding="utf-8") == PAGE
+    assert call() == 0 and call("--check") == 0
+    page.write_text(re.sub("1.010", "1.000", page.read_text(encoding="utf-8")), encoding="utf-8")
+    assert call("--check") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no places", "0 of 0 places"),
+        ("<!-- benchmark:toy -->\nnever closed", "0 of 1 places"),
+        (PAGE.replace("toy", "other"), r"no other-\*\.json in .*; run python -m benchmarks\.other"),
+    ],
+)
+def test_a_page_that_cannot_be_filled(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        table.fill(text, result(tmp_path))
+
+
+def test_committed_results_have_the_stated_sizes() -> None:
+    """README's numbers are of the sizes that the targets are stated for, and of enough rounds."""
+    files = sorted(results.FOLDER.glob("overhead-*.json"))
+    assert files
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        settings = replace(overhead.Settings(), device=found["settings"]["device"], threads=found["settings"]["threads"])
+        sizes = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
+        assert found["settings"]["rounds"] >= 20
+        assert {**found["settings"], "rounds": 20} == sizes
+        assert {row["group"] for row in found["rows"]}
+
+
+def test_results_on_the_terminal(rows: list[results.Row], capsys: pytest.CaptureFixture[str]) -> None:
+    results.show(rows)
+    shown = capsys.readouterr().out
+    assert all(row["what"] in shown for row in rows) and "CPU time" in shown
