@@ -97,8 +97,9 @@ def capture(
     Only scores and pattern need the attention matrix: where the module's kernel is fused it is computed beside it for the
       wanted heads, and outputs stay equal bit for bit. All else is seen in the module's own kernel.
     detach: cut the captured tensors off from autograd; by default they are part of the graph.
-    kernel: None leaves the kernel as it is; "eager" reconstructs every module, which puts captured scores and patterns on the
-      path to the output: needed for gradients with respect to them.
+    kernel: None leaves the kernel as it is; "eager" reconstructs every module, which puts rot_q, rot_k, scores, pattern and z
+      on the path to the output: needed for gradients with respect to them. What is shown of other sites, or of some heads
+      only, is a copy beside that path.
     Warns (NotFiredWarning) of attentions that the block's forwards never ran. Raises SpecError and NoMatchError for
     selections that do not exist, and what patch_model raises.
     """

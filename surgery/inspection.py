@@ -70,20 +70,11 @@ class Inspection:
         table = Table(title=f"Attention of {self.model_class}", title_justify="left")
         names = ("address", "class", "heads / kv", "d_head", "projections", "fused", "kernel", "cuts", "runs")
         lines = [
-            (
-                r.address,
-                r.attention,
-                f"{r.heads} / {r.kv_heads}",
-                str(r.d_head),
-                r.projections,
-                r.fusion,
-                r.kernel,
-                r.cuts,
-                runs,
-            )
+            [r.address, r.attention, f"{r.heads} / {r.kv_heads}", str(r.d_head), r.projections, r.fusion, r.kernel, r.cuts]
             for r in self.rows
-            for runs in ["" if r.runs is None else str(r.runs)]
         ]
+        for r, line in zip(self.rows, lines, strict=True):
+            line.append("" if r.runs is None else str(r.runs))
         kept = [i for i, name in enumerate(names) if name not in ("cuts", "runs") or any(line[i] for line in lines)]
         for i in kept:
             table.add_column(names[i], overflow="fold", no_wrap=names[i] == "address")

@@ -28,7 +28,7 @@ KERNELS = ("auto", "eager")
 def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", strict: bool = True) -> Model:
     """Rewrites the attention modules of a transformers model, in place, and cuts what the spec says.
 
-    model: any PreTrainedModel (or module that holds one). Patching a patched model replaces its cuts.
+    model: any PreTrainedModel (or module that holds one). Patching a patched model replaces its cuts; a capture goes on.
     spec: a Spec, one or several Freeze and Edit, or None for no cuts: then outputs, gradients and generation stay equal to
       the unpatched model's, bit for bit.
     kernel: "auto" leaves every module in its own kernel except where the attention matrix of some heads is needed; "eager"
@@ -41,7 +41,7 @@ def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", stri
     spec = as_spec(spec)
     if kernel not in KERNELS:
         raise SpecError(describe("patch_model", f"kernel={kernel!r}", ", ".join(map(repr, KERNELS)), "Use one of these."))
-    _apply(model, spec, kernel, strict, {})
+    _apply(model, spec, kernel, strict, _probes(model))
     return model
 
 
@@ -319,7 +319,6 @@ def verify(attention: Attention) -> None:
                     "Please report this class; describe it in patches/ meanwhile.",
                 )
             )
-
         _VERIFIED.add(key)
 
 

@@ -73,6 +73,7 @@ def heatmaps(
     upper, *lower = parts.flat
     if subtitle:
         upper.suptitle(subtitle, fontsize=10, color="#555555")
+    both = np.concatenate([qk, ov])
     norm, colormap = _scale(both)
     above = upper.subplots(1, 2, sharey=True)
     for axes, values, text in zip(above, (qk, ov), ("QK frozen: where it looks", "OV frozen: what it moves"), strict=True):
@@ -82,7 +83,6 @@ def heatmaps(
     above[0].set_ylabel("layer")
     above[0].set_yticks(*_ticks(names, 24))
     bar = upper.colorbar(image, ax=list(above), label=unit, pad=0.015, aspect=18)
-    both = np.concatenate([qk, ov])
     bar.ax.set_ylim(min(0.0, float(np.nanmin(both))), max(1e-6, float(np.nanmax(both))))
     if shown:
         below = lower[0].subplots(1, max(len(shown), 2))

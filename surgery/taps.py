@@ -63,9 +63,9 @@ def head_result(projection: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
     that is zero elsewhere.
     """
     if type(projection) in (nn.Linear, Conv1D) and "forward" not in projection.__dict__:
+        weight: Any = projection.weight
         channels = channels.to(x.device)
-        weight = projection.weight[channels] if isinstance(projection, Conv1D) else projection.weight[:, channels].t()
-        return x.index_select(-1, channels) @ weight
+        return x.index_select(-1, channels) @ (weight[channels] if type(projection) is Conv1D else weight[:, channels].t())
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, channels.to(x.device), True)
     return projection(torch.where(mask, x, 0)) - projection(torch.zeros_like(x[:1, :1]))
 

@@ -49,7 +49,7 @@ def seen(model: nn.Module, inputs: dict[str, Any], sites: Any, layers: Any = "al
     return run
 
 
-# -- shapes -----------------------------------------------------------------------------------------------------------------------
+# -- shapes -------------------------------------------------------------------------------------------------------------
 
 D = 16  # llama's d_head here
 SHAPES = {
@@ -101,7 +101,7 @@ def test_shapes_of_two_stacks(name: str, implementation: str) -> None:
     assert torch.equal(run[1, "z"], run["decoder.self.1", "z"]), "a number is the decoder's self-attention"
 
 
-# -- values, for every family -------------------------------------------------------------------------------------------------------
+# -- values, for every family -------------------------------------------------------------------------------------------
 
 
 def outputs_of(model: nn.Module, inputs: dict[str, Any], paths: list[str]) -> dict[str, Tensor]:
@@ -127,16 +127,19 @@ def test_the_sites_fit_together(name: str) -> None:
     """pattern = softmax(scores), z = pattern @ v, and what the heads add, with the bias, is the projection's output."""
     model, inputs = built(name), FAMILIES[name].inputs()
     anatomy = find_anatomy(model)
-    has_sinks = any(parameter.endswith("sinks") for parameter, _ in model.named_parameters())
     run = seen(model, inputs, ["scores", "pattern", "v", "z", "result"])
     projections = {a.address: a.projections["o"].path for a in anatomy}
     outputs = outputs_of(model, inputs, list(projections.values()))
     for attention in anatomy:
         scores, pattern, v, z, result = (run[attention.address, s] for s in ("scores", "pattern", "v", "z", "result"))
-        if has_sinks:
-            assert (pattern.sum(-1) < 1).all()
-        else:
-            torch.testing.assert_close(pattern, scores.float().softmax(-1), rtol=1e-5, atol=1e-6)
+        sinks = getattr(attention.module, "sinks", None)
+        if sinks is None:
+            expected = scores.float().softmax(-1)
+        else:  # a sink takes its share of every row
+            sinks = sinks.detach().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            expected = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+            assert pattern.sum(-1).min() < 0.9
+        torch.testing.assert_close(pattern, expected, rtol=1e-5, atol=1e-6)
         v = v.repeat_interleave(attention.heads // v.shape[1], 1)
         assert v.shape[1] == pattern.shape[1] == attention.heads
         # Sums in another order: 1e-5 for numbers around 1.
@@ -205,7 +208,7 @@ def test_values_of_a_fused_projection_by_hand() -> None:
         assert torch.equal(run[1, site], part.view(2, LENGTH, HEADS, -1).transpose(1, 2))
 
 
-# -- watching changes nothing -------------------------------------------------------------------------------------------------------
+# -- watching changes nothing -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -255,10 +258,10 @@ def test_capturing_under_cuts_shows_what_is_left_after_them() -> None:
         with capture(model, "z"):
             assert "capture z" in inspect_model(model)["self.1"].cuts
         assert inspect_model(model)["self.1"].cuts == before
-    assert not run[0, "z"][:, 1].any() and run[0, "z"][:, [0, 2, 3]].all()
-    assert not run[1, "q"][:, 0].any() and run[1, "q"][:, 1:].any()
-    row = run[1, "pattern"][1, 2, 4]
-    assert torch.allclose(row, torch.tensor([0.2] * 5 + [0.0] * 4)), "the second row of the batch has no padding"
+    z, q, pattern = run[0, "z"][1], run[1, "q"][1], run[1, "pattern"][1]  # the second row of the batch has no padding
+    assert not z[1].any() and z[[0, 2, 3]].all()
+    assert not q[0].any() and q[1:].all()
+    assert torch.allclose(pattern[2, 4], torch.tensor([0.2] * 5 + [0.0] * 4))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -276,13 +279,26 @@ def test_captures_nest(implementation: str) -> None:
         assert torch.equal(step, outer[0, "z"])
     assert torch.equal(inner[0, "z"], outer[0, "z"][:, [1]])
     assert set(inner) == {("self.0", "z"), ("self.0", "scores"), ("self.1", "z"), ("self.1", "scores")}
-    with capture(model, "z") as outer, patched(model, Freeze("ov")), capture(model, "z") as inner:
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_capture_goes_on_while_the_cuts_change(implementation: str) -> None:
+    model, inputs = FAMILIES["llama"].build(implementation), FAMILIES["llama"].inputs()
+    plain = logits(model, inputs)
+    with capture(model, ["z", "pattern"]) as outer:
         logits(model, inputs)
-    assert not inner[0, "z"].any()
-    assert len(outer) == 0, "patched() gives the model its own cuts, and what watched it before comes back afterwards"
+        with patched(model, Freeze("ov")), capture(model, "z") as inner:
+            logits(model, inputs)
+        logits(model, inputs)
+        patch_model(model, Freeze("ov", [1]))
+        logits(model, inputs)
+    cut = [[not z.any() for z in outer.steps(layer, "z")] for layer in (0, 1)]
+    assert cut == [[False, True, False, False], [False, True, False, True]]
+    assert len(outer.steps(1, "pattern")) == 4 and len(inner.steps(1, "z")) == 1 and not inner[1, "z"].any()
+    assert torch.equal(logits(model, inputs), plain) and not any("_surgery" in m.__dict__ for m in model.modules())
 
 
-# -- several forwards ---------------------------------------------------------------------------------------------------------------
+# -- several forwards ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "falcon_alibi"])
@@ -314,40 +330,38 @@ def test_the_last_forward_counts() -> None:
     assert repr(run).splitlines() == ["Run of GPT2LMHeadModel, 1 captured", "  self.0 z: (2, 4, 5, 8)"]
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------------------
+# -- gradients ----------------------------------------------------------------------------------------------------------
+
+
+def weighted(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """A loss that sees every logit."""
+    out = model(**inputs).logits
+    return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "t5"])
 def test_gradients_with_respect_to_what_was_captured(name: str, implementation: str) -> None:
-    """The gradient by the pattern, checked against a small change of it."""
+    """Against what a small change at the site does to the loss."""
     if implementation == "sdpa" and not FAMILIES[name].sdpa:
         pytest.skip("the family has no sdpa")
-    model, inputs = FAMILIES[name].build(implementation).double(), FAMILIES[name].inputs()
+    model, inputs = FAMILIES[name].build(implementation).double(), FAMILIES[name].inputs(padding=0)
     address = "decoder.self.0" if name == "t5" else "self.0"
-
-    def loss(**more: Any) -> Tensor:
-        out = model(**inputs, **more).logits
-        return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
-
-    with capture(model, ["pattern", "scores", "z", "rot_q"], kernel="eager") as run:
-        total = loss()
-    gradients = torch.autograd.grad(total, [run[address, s] for s in ("pattern", "scores", "z", "rot_q")])
-    assert all(g.abs().sum() > 0 for g in gradients)
-    torch.testing.assert_close(run[address, "pattern"] @ run[address, "v"] if False else run[address, "z"], run[address, "z"])
-    for site, gradient in (("pattern", gradients[0]), ("z", gradients[2])):
+    sites = ["rot_q", "rot_k", "scores", "pattern", "z"]
+    with capture(model, sites, kernel="eager") as run:
+        gradients = torch.autograd.grad(weighted(model, inputs), [run[address, site] for site in sites])
+    # gpt2 computes in float64 throughout, the others round their pattern to float32.
+    step, tolerance = (1e-5, 1e-6) if name == "gpt2" else (1e-3, 2e-2)
+    for site, gradient in zip(sites, gradients, strict=True):
+        assert gradient.abs().sum() > 0
         direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
-        step = 1e-5
-
-        def moved(sign: float, site: str = site, direction: Tensor = direction, step: float = step) -> Tensor:
-            def shift(x: Tensor) -> Tensor:
-                return x + sign * step * direction
-
-            with torch.no_grad(), patched(model, Edit(site, shift, layers=[address])):
-                return loss()
-
-        measured = (moved(1) - moved(-1)) / (2 * step)
-        torch.testing.assert_close((gradient * direction).sum(), measured, rtol=1e-5, atol=1e-6)
+        if site in ("scores", "pattern"):  # what is masked stays masked
+            direction = direction * (run[address, "pattern"] != 0)
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad(), patched(model, Edit(site, "add", sign * step * direction, layers=[address]), kernel="eager"):
+                losses.append(weighted(model, inputs))
+        torch.testing.assert_close((gradient * direction).sum(), (losses[0] - losses[1]) / (2 * step), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -378,7 +392,7 @@ def test_detached_or_not() -> None:
     assert out.requires_grad and not any(tensor.requires_grad for _, tensor in run.items())
 
 
-# -- what was captured, put into another run ------------------------------------------------------------------------------------------
+# -- what was captured, put into another run ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -419,8 +433,11 @@ def test_every_site_can_be_taken_from_a_run(site: str, heads: Any) -> None:
     with patched(model, Edit(site, "activation", layers=[0], heads=heads, reference=run)):
         assert not torch.equal(logits(model, inputs), logits(built("llama"), other))
         found = seen(model, inputs, site, [0], heads)
+    held, expected = found[0, site], run[0, site]
+    if held.shape[1] > expected.shape[1]:  # after a cut at v, the heads of a group are shown apart
+        expected = expected.repeat_interleave(HEADS // KV_HEADS, 1)
     # result is changed by adding the difference, which rounds.
-    torch.testing.assert_close(found[0, site], run[0, site], rtol=0, atol=1e-6 if site == "result" else 0)
+    torch.testing.assert_close(held, expected, rtol=0, atol=1e-6 if site == "result" else 0)
     with patched(model, Edit(site, "activation", layers=[0], heads=heads, reference=seen(model, inputs, site, [0], heads))):
         torch.testing.assert_close(logits(model, inputs), logits(built("llama"), inputs), rtol=1e-4, atol=1e-4)
 
@@ -446,7 +463,7 @@ def test_a_run_of_one_row_serves_a_batch() -> None:
     assert torch.equal(found[0, "z"], run[0, "z"].expand(2, -1, -1, -1))
 
 
-# -- restored, and refused ------------------------------------------------------------------------------------------------------------
+# -- restored, and refused ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cuts", [None, Freeze("qk", [0])], ids=["plain", "cut"])
@@ -482,14 +499,18 @@ def test_the_model_is_restored_after_an_exception(cuts: Any) -> None:
         ({"sites": "zz"}, SpecError, r"site: found 'zz'; expected 'q', 'k'"),
         ({"sites": ["z", "y"]}, SpecError, r"site: found 'y'"),
         ({"sites": []}, SpecError, r"capture: found no sites; expected at least one\. Choose from q, k"),
-        ({"sites": "z", "heads": [1, 4]}, SpecError, r"self\.0 \('model.layers.0.self_attn'\): found heads \[4\]; expected heads 0 to 3"),
+        (
+            {"sites": "z", "heads": [1, 4]},
+            SpecError,
+            r"self\.0 \('model.layers.0.self_attn'\): found heads \[4\]; expected heads 0",
+        ),
         ({"sites": "z", "heads": []}, SpecError, r"heads: found \[\]"),
         ({"sites": "z", "layers": []}, SpecError, r"layers: found \[\]"),
         ({"sites": "z", "layers": [2]}, NoMatchError, r"capture: layers: found 2; expected self\.0 to self\.1"),
         ({"sites": "z", "layers": "encoder.*"}, NoMatchError, r"found 'encoder\.\*'"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_selections_that_do_not_exist(options: Any, kind: Any, pattern: str) -> None:
     model = built("llama")
     with pytest.raises(kind, match=pattern) as caught, capture(model, **options):
@@ -499,10 +520,8 @@ def test_selections_that_do_not_exist(options: Any, kind: Any, pattern: str) -> 
 
 
 def test_problems_of_all_layers_and_sites_are_listed() -> None:
-    with (
-        pytest.raises(SpecError, match=r"capture: 2 problems(?s:.*)self\.0(?s:.*)self\.1"),
-        capture(built("llama"), "z", heads=[9]),
-    ):
+    pattern = r"(?s)capture: 2 problems.*self\.0.*self\.1"
+    with pytest.raises(SpecError, match=pattern), capture(built("llama"), "z", heads=[9]):
         raise AssertionError("never reached")
 
 
@@ -523,7 +542,7 @@ def test_what_was_not_captured() -> None:
         run["self.*", "z"]
 
 
-# -- captures and cuts that never run -------------------------------------------------------------------------------------------------
+# -- captures and cuts that never run -----------------------------------------------------------------------------------
 
 
 def without_encoder(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Where a kernel is fused, queries that are padding are not compared: what a fully
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers import DynamicCache
 
 from surgery.capture import capture
 from surgery.patch import patch_model, patched
+from surgery.reference import ANY, Entry, Reference
 from surgery.spec import Edit, Freeze, Spec
 
 INLINE = ("gptj", "codegen", "gpt_neo", "falcon_multi_query", "falcon_grouped", "falcon_alibi", "bloom", "mpt")
@@ -369,3 +369,197 @@ def test_random_specs_equal_the_oracle(name: str, run: str) -> None:
         check(name, run, spec, 0 if run == "sdpa-auto" and mixes_positions(spec) else padding)
 
     compare()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox"])
+def test_random_specs_give_the_same_in_both_kernels(name: str) -> None:
+    """Also what the oracle leaves out: noise, and points at projections."""
+    actions = ("zero", "noise", "add", "scale", "identity", "callable", "value", "uniform", "previous")
+
+    @_SMALL
+    @given(specs(name, actions=actions, sites=(*SITES, "q", "result")))
+    def compare(spec: Spec) -> None:
+        padding = 0 if mixes_positions(spec) else PADDING
+        fused, eager = model_of(name, "sdpa"), model_of(name, "eager")
+        expected = outcome(patch_model(eager, spec, kernel="eager"), name, padding, True)
+        assert_close(outcome(patch_model(fused, spec), name, padding, True), expected)
+
+    compare()
+
+
+def test_the_comparison_rejects_a_wrong_cut() -> None:
+    oracle_of("llama").set_cuts(Spec(Edit("pattern", "uniform", heads=[1], strength=0.5)), HEADS, KV_HEADS)
+    expected = outcome(oracle_of("llama").model, "llama", 0, False)
+    for wrong in (
+        Edit("pattern", "uniform", heads=[1], strength=0.51),
+        Edit("pattern", "uniform", heads=[2], strength=0.5),
+        Edit("pattern", "uniform", heads=[1], strength=0.5, backward="ste"),
+        Edit("pattern", "uniform", heads=[1], strength=0.5, positions=range(LENGTH - 1)),
+    ):
+        found = outcome(patch_model(model_of("llama", "eager"), wrong), "llama", 0, False)
+        with pytest.raises(AssertionError, match="differs by"):
+            assert_close(found, expected)
+
+
+# -- what a projection gives, what a head adds ------------------------------------------------------------------------------------
+
+# Family: (path of the q projection in layer 1, rows of head 2 in its output).
+Q_ROWS = {
+    "llama": ("model.layers.1.self_attn.q_proj", range(32, 48)),
+    "gpt2": ("transformer.h.1.attn.c_attn", range(16, 24)),
+    "gpt_neox": ("gpt_neox.layers.1.attention.query_key_value", range(48, 56)),
+    "phi3": ("model.layers.1.self_attn.qkv_proj", range(16, 24)),
+    "codegen": ("transformer.h.1.attn.qkv_proj", range(48, 56)),
+    "bert": ("bert.encoder.layer.1.attention.self.query", range(16, 24)),
+}
+
+
+@pytest.mark.parametrize("name", list(Q_ROWS))
+def test_q_is_cut_where_a_hook_would_cut_it(name: str) -> None:
+    model, (path, rows) = FAMILIES[name].build(), Q_ROWS[name]
+    shift = numbers(8 if name != "llama" else 16)
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.index_add(-1, torch.tensor(rows), shift.expand(*output.shape[:-1], -1))
+
+    handle = model.get_submodule(path).register_forward_hook(hook)
+    expected = model(**inputs_of(name)).logits
+    handle.remove()
+    with patched(model, Edit("q", "add", shift, layers=[1], heads=[2])):
+        assert torch.equal(model(**inputs_of(name)).logits, expected)
+    assert not torch.equal(model(**inputs_of(name)).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "bert", "t5", "opt"])
+def test_result_is_what_a_head_adds(name: str) -> None:
+    """result to zero is z to zero, and a vector added to one head's result is added to the module's output."""
+    layer = "decoder.cross.1" if name == "t5" else 1
+    model, shift = model_of(name, "eager"), numbers(32)
+    [zero_result] = [outcome(patch_model(model, Edit("result", "zero", layers=[layer], heads=[1, 2])), name, PADDING, False)]
+    assert_close(zero_result, outcome(patch_model(model, Edit("z", "zero", layers=[layer], heads=[1, 2])), name, PADDING, False))
+    one = outcome(patch_model(model, Edit("result", "add", shift, layers=[layer], heads=[3])), name, PADDING, False)
+    other = outcome(patch_model(model, Edit("result", "add", shift / 2, layers=[layer], heads=[0, 1])), name, PADDING, False)
+    assert_close(one, other)
+    half_zero = Edit("result", half, layers=[layer], heads=[1])
+    assert_close(
+        outcome(patch_model(model, half_zero), name, PADDING, False),
+        outcome(patch_model(model, Edit("z", "scale", 0.5, layers=[layer], heads=[1])), name, PADDING, False),
+    )
+
+
+# -- noise, and another row of the batch: by their properties -----------------------------------------------------------------------
+
+
+def seen(name: str, spec: Any, site: str, layer: int = 0, **inputs: Any) -> Tensor:
+    """The tensor at a site after the cuts there."""
+    model = patch_model(model_of(name, "eager"), spec)
+    with capture(model, site, layers=[layer], heads=range(HEADS)) as run, torch.no_grad():
+        model(**(inputs or FAMILIES[name].inputs(padding=0, length=40)))
+    return run[layer, site]
+
+
+@pytest.mark.parametrize("site", ["rot_q", "rot_k", "v", "z"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_noise_has_the_mean_and_spread_that_it_should(name: str, site: str) -> None:
+    original = seen(name, None, site)
+    d = original.shape[-1]
+    plain = seen(name, Edit(site, "noise", value=(0.0, 1.0), seed=3), site)
+    assert torch.equal(plain[0], plain[1]), "noise belongs to a position, not to a row of the batch"
+    n = plain[0].numel()
+    # Five standard errors.
+    assert abs(plain[0].mean()) < 5 / n**0.5
+    assert abs(plain[0].std() - 1) < 5 / (2 * n) ** 0.5
+    assert 0.6 < (plain[0].abs() < 1).double().mean() < 0.76  # 0.683 for a normal distribution
+
+    def expect(edit: Edit, mean: Any, spread: Any) -> None:
+        torch.testing.assert_close(seen(name, edit, site), mean + spread * plain, atol=1e-5, rtol=1e-5)
+
+    expect(Edit(site, "noise", value=(2.0, 0.5), seed=3), 2.0, 0.5)
+    # Per vector: that of the activation which it replaces, here of other rows with other vectors.
+    expect(Edit(site, "noise", seed=3), original.mean(-1, keepdim=True), original.std(-1, keepdim=True, correction=0))
+    mean, spread = numbers(HEADS, d), numbers(HEADS, d).abs()
+    entry = Reference("mean", {(ANY, site): Entry(mean, spread)})
+    expect(Edit(site, "noise", reference=entry, seed=3), mean[:, None], spread[:, None])
+    by_position = Reference("mean", {(ANY, site): Entry(numbers(HEADS, 40, d), numbers(HEADS, 40, d).abs())})
+    expect(Edit(site, "noise", reference=by_position, seed=3), numbers(HEADS, 40, d), numbers(HEADS, 40, d).abs())
+
+
+@pytest.mark.parametrize("site", ["scores", "pattern"])
+def test_noise_on_the_matrix_stays_within_the_mask(site: str) -> None:
+    inputs = FAMILIES["llama"].inputs()
+    original, noisy = (seen("llama", spec, site, **inputs) for spec in (None, Edit(site, "noise", seed=1)))
+    allowed = torch.tril(torch.ones(LENGTH, LENGTH)).bool() & inputs["attention_mask"].bool()[:, None, None, :]
+    allowed = allowed.expand_as(original)
+    assert torch.equal(original[~allowed], noisy[~allowed])
+    several = allowed & (allowed.sum(dim=-1, keepdim=True) > 1)
+    assert (original[several] != noisy[several]).all()
+    # The spread is that of each row's allowed entries, and not of the mask's huge numbers.
+    assert noisy[allowed].abs().max() < 20 * original[allowed].abs().max()
+    # The last row sees the same noise whatever came in the first row of the batch.
+    plain = seen("llama", Edit(site, "noise", value=(0.0, 1.0)), site, **inputs)
+    assert torch.equal(plain[0, :, -1, PADDING:], plain[1, :, -1, PADDING:])
+
+
+def test_noise_depends_on_seed_layer_head_site_and_position_alone() -> None:
+    def noise(site: str = "z", layer: int = 0, length: int = 40, batch: int = 2, **more: Any) -> Tensor:
+        inputs = FAMILIES["llama"].inputs(batch, length, padding=0, seed=more.pop("inputs", 0))
+        return seen("llama", Edit(site, "noise", value=(0.0, 1.0), **more), site, layer, **inputs)[0]
+
+    one = noise()
+    assert torch.equal(one, noise())
+    assert torch.equal(one, noise(inputs=1))
+    assert torch.equal(one, noise(batch=5))
+    assert torch.equal(one[:, :7], noise(length=7))
+    assert torch.equal(one[1], noise(heads=[1])[1]), "a head's noise does not depend on which others are cut"
+    different = [one, noise(seed=1), noise(layer=1), noise(site="v"), one.roll(1, 0), one.roll(1, 1), one.roll(1, 2)]
+    rows = torch.stack([x.flatten() for x in different])
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlation.abs().max() < 5 / rows.shape[1] ** 0.5
+
+
+def test_noise_of_shared_heads_is_that_of_the_kv_head() -> None:
+    for site in ("rot_k", "v"):
+        isolated, shared = (seen("llama", Edit(site, "noise", value=(0, 1), gqa=gqa), site)[0] for gqa in ("isolated", "shared"))
+        assert torch.equal(shared[0], shared[1])
+        assert torch.equal(shared[2], shared[3])
+        assert not torch.equal(shared[1], shared[2])
+        assert not torch.equal(isolated[0], isolated[1])
+
+
+@pytest.mark.parametrize("run", ["eager-auto", "sdpa-auto", "eager-eager"])
+@pytest.mark.parametrize("site", ["rot_q", "rot_k", "v", "z", "scores", "pattern"])
+def test_noise_is_the_same_at_every_decoding_step(site: str, run: str) -> None:
+    implementation, kernel = RUNS[run]
+    edit = Edit(site, "noise", value=(0.5, 0.1), heads=[0, 3], seed=7)
+    model, inputs = patch_model(model_of("llama", implementation), edit, kernel=kernel), FAMILIES["llama"].inputs()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with capture(model, site, layers=[0], heads=[0, 3]) as whole, torch.no_grad():
+        model(**inputs)
+    cache = DynamicCache(config=model.config)
+    with capture(model, site, layers=[0], heads=[0, 3]) as stepwise, torch.no_grad():
+        for step in range(LENGTH):
+            model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache)
+    full = whole[0, site]
+    for step, tensor in enumerate(stepwise.steps(0, site)):
+        if site in ("rot_k", "v"):
+            expected = full[:, :, : step + 1]
+        elif site in ("rot_q", "z"):
+            expected = full[:, :, step : step + 1]
+        else:
+            expected, tensor = full[1:, :, step : step + 1, : step + 1], tensor[1:]  # padding rows differ, in any kernel
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("site", ["rot_q", "rot_k", "v", "z", "scores", "pattern"])
+def test_resampling_gives_every_row_another_row(site: str) -> None:
+    inputs = FAMILIES["llama"].inputs(batch=5, padding=0)
+    original = seen("llama", None, site, **inputs)
+    orders = set()
+    for seed in range(8):
+        new = seen("llama", Edit(site, "resample", seed=seed), site, **inputs)
+        assert torch.equal(new, seen("llama", Edit(site, "resample", seed=seed), site, **inputs))
+        order = tuple(next(j for j in range(5) if torch.equal(new[i], original[j])) for i in range(5))
+        assert sorted(order) == list(range(5)), "every row is used once"
+        assert all(i != j for i, j in enumerate(order)), "no row stays"
+        orders.add(order)
+    assert len(orders) > 1, "the seed matters"

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache, StaticCache
 
 import surgery.core
-from surgery import Edit, Freeze, MaskError, capture, patch_model, unpatch_model
+from surgery import CacheError, Edit, Freeze, MaskError, capture, patch_model, unpatch_model
 from surgery.masks import Mask, to_additive
 from surgery.rewrite import Reconstruction
 
@@ -457,6 +457,21 @@ def test_a_mask_of_unknown_format_names_the_module() -> None:
     model = patch_model(build("llama", "flash_attention_2"), kernel="eager")
     with pytest.raises(MaskError, match=r"flash.*found torch.bool of shape \(2, 1, 9, 9\)"), torch.no_grad():
         model(tokens(), attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool))
+
+
+def test_a_paged_cache_keeps_to_cuts_that_its_kernel_can_run() -> None:
+    """Continuous batching: transformers hands its paged cache to the kernel, which alone reads the keys in it."""
+    model = build("llama", "sdpa")
+    for cut in (Freeze("qk", heads=[1]), Freeze("ov", heads=[1]), Edit("result", "scale", 0.5)):
+        expected = whole(patch_model(model, cut), "none")
+        assert torch.equal(model(tokens(), cache=object()).logits, expected)
+    refused = (Edit("pattern", "scale", 0.5), Edit("v", "scale", 0.5), Freeze("ov", to="noise"), Freeze("ov", positions=[1]))
+    for cut in refused:
+        patch_model(model, cut)
+        with pytest.raises(CacheError, match="self_attn.*paged KV cache"):
+            model(tokens(), cache=object())
+    with pytest.raises(CacheError, match="every site; expected kernel='auto'"):
+        patch_model(model, kernel="eager")(tokens(), cache=object())
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
