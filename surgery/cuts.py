@@ -182,7 +182,8 @@ class Freeze(_Value):
         it depends on seed, layer, head and absolute position only.
       "identity": values unchanged, gradient by backward: a detached circuit.
       "activation" with reference=run (or to=run): the activations of another run.
-      "resample": another row of the batch (a permutation without fixed points, drawn from seed).
+      "resample": another row of the batch, position by position (a permutation without fixed points, drawn from
+        seed); of a padded row that is whatever the kernel leaves at padding.
     QK acts on q and k as they enter the dot product (sites rot_q, rot_k), so positions, norms and cache are those of the
     head; OV acts on z. With "identity", OV acts on v: the value path is detached, the path through the pattern is not.
     backward: "stopgrad" (no gradient to what was replaced) or "ste" (forward replaced, backward as if it were not: the

@@ -305,11 +305,12 @@ def verify(attention: Attention) -> None:
         if key in _VERIFIED or any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             continue
         arguments = {n: _like(module, t) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+        seen: dict[str, torch.Tensor] = {}
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             expected = rewriter.eager(module, **arguments)[0]
             torch.manual_seed(0)
-            found = graph(lambda site, tensor: tensor, module, arguments)[0]
+            found = graph(seen.setdefault, module, arguments)[0]
         if not torch.equal(expected, found):
             raise ParityError(
                 describe(
@@ -319,7 +320,34 @@ def verify(attention: Attention) -> None:
                     "Please report this class; describe it in patches/ meanwhile.",
                 )
             )
+        if wrong := _misplaced({site: tuple(tensor.shape) for site, tensor in seen.items()}, shapes):
+            raise ParityError(
+                describe(
+                    f"the reconstruction of {attention.class_name} at {attention.path!r}",
+                    ", ".join(f"{site} of shape {found}" for site, (found, _) in wrong.items()),
+                    ", ".join(f"{expected}" for _, expected in wrong.values()),
+                    "Please report this class; describe it in patches/ meanwhile.",
+                )
+            )
         _VERIFIED.add(key)
+
+
+def _misplaced(
+    seen: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The points where a tensor of another shape stands than the site's: found and expected shapes by site."""
+    batch, heads, queries, width = shapes["q"]
+    keys, d_value = shapes["k"][2], shapes["v"][3]
+    matrix = (batch, heads, queries, keys)
+    expected = {
+        "rot_q": (batch, heads, queries, width),
+        "rot_k": (batch, heads, keys, width),
+        "v": (batch, heads, keys, d_value),
+        "scores": matrix,
+        "pattern": matrix,
+        "z": (batch, heads, queries, d_value),
+    }
+    return {site: (shape, expected[site]) for site, shape in seen.items() if shape != expected[site]}
 
 
 _VERIFIED: set[tuple[int, Any]] = set()

@@ -199,9 +199,12 @@ def _trace(
     reads: dict[str, Any] = {}
     stand_in = _StandIn(module, "module_", add_input, reads)
     try:
-        output, weights = function(stand_in, **traced)
+        result: Any = function(stand_in, **traced)
     except Exception as error:
         raise _unsupported(function, f"a body that torch.fx cannot trace ({type(error).__name__}: {error})") from error
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], fx.Proxy):
+        raise _unsupported(function, "a result that is not a pair of output and attention weights")
+    output, weights = result
     graph.output((output.node, weights.node if isinstance(weights, fx.Proxy) else weights))
     _insert_points(function, graph, at.node)
     graph.eliminate_dead_code()

@@ -33,6 +33,12 @@ torch.set_num_threads(1)
 ALL_SITES = list(SITES)
 
 
+def by_case(names: list[str]) -> Any:
+    """Families, eager and, where they have it, sdpa."""
+    cases = [(name, i) for name in names for i in ("eager", "sdpa") if i == "eager" or FAMILIES[name].sdpa]
+    return pytest.mark.parametrize(("name", "implementation"), cases)
+
+
 @functools.cache
 def built(name: str, implementation: str = "eager") -> Any:
     return FAMILIES[name].build(implementation)
@@ -85,8 +91,7 @@ def test_shapes(implementation: str, kernel: Any) -> None:
         torch.testing.assert_close(some[1, site], everything[:, [1, 3]], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+@by_case(["t5", "bart", "whisper"])
 def test_shapes_of_two_stacks(name: str, implementation: str) -> None:
     model, inputs = FAMILIES[name].build(implementation), FAMILIES[name].inputs()
     source = 12 if name == "whisper" else LENGTH
@@ -211,11 +216,8 @@ def test_values_of_a_fused_projection_by_hand() -> None:
 # -- watching changes nothing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", FAMILIES)
+@by_case(list(FAMILIES))
 def test_capturing_changes_nothing(name: str, implementation: str) -> None:
-    if implementation == "sdpa" and not FAMILIES[name].sdpa:
-        pytest.skip("the family has no sdpa")
     model, inputs = built(name, implementation), FAMILIES[name].inputs()
     classes, plain = [type(m) for m in model.modules()], logits(model, inputs)
     sites = [site for site in ALL_SITES if all(site not in ("q", "k") or site in a.projections for a in find_anatomy(model))]
@@ -339,12 +341,9 @@ def weighted(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "t5"])
+@by_case(["gpt2", "llama", "bloom", "t5"])
 def test_gradients_with_respect_to_what_was_captured(name: str, implementation: str) -> None:
     """Against what a small change at the site does to the loss."""
-    if implementation == "sdpa" and not FAMILIES[name].sdpa:
-        pytest.skip("the family has no sdpa")
     model, inputs = FAMILIES[name].build(implementation).double(), FAMILIES[name].inputs(padding=0)
     address = "decoder.self.0" if name == "t5" else "self.0"
     sites = ["rot_q", "rot_k", "scores", "pattern", "z"]
@@ -395,12 +394,9 @@ def test_detached_or_not() -> None:
 # -- what was captured, put into another run ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "falcon_grouped", "bart"])
+@by_case(["gpt2", "llama", "gemma2", "falcon_grouped", "bart"])
 def test_patching_activations_reproduces_the_run(name: str, implementation: str) -> None:
     """z of a cut layer, put into the uncut model, gives the cut model's logits: nothing else of that layer matters."""
-    if implementation == "sdpa" and not FAMILIES[name].sdpa:
-        pytest.skip("the family has no sdpa")
     model, inputs = built(name, implementation), FAMILIES[name].inputs()
     layer = "decoder.self.0" if name == "bart" else "self.0"
     cut = [Edit("rot_q", "scale", 0.3, layers=[layer]), Edit("v", "add", 0.5, layers=[layer], heads=[1])]

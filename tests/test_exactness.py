@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import DECODERS, FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH, PADDING, TinyFamily
+from families import BATCH, FAMILIES, HEADS, KV_HEADS, LENGTH, PADDING, TinyFamily
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from surgery.patch import patch_model, patched, unpatch_model
+from surgery.capture import capture
+from surgery.patch import anatomy_of, patch_model, patched, unpatch_model
 from surgery.spec import Edit, Freeze, Spec
 
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -236,3 +237,321 @@ def test_the_context_restores_after_an_exception(name: str) -> None:
         raise KeyError("halfway")
     assert [type(m) for m in model.modules()] == classes
     assert_same(logits(model, inputs), expected)
+
+
+# -- grouped heads and their ungrouped twin ---------------------------------------------------------------------------------------
+
+GROUPS = HEADS // KV_HEADS
+UNGROUPED = {
+    "falcon_multi_query": {"multi_query": False},
+    "falcon_grouped": {"num_kv_heads": HEADS},
+}
+"""Options of the twin, where they are not num_key_value_heads=HEADS."""
+
+GROUPED = [
+    name
+    for name, family in FAMILIES.items()
+    if family.options.get("num_key_value_heads", HEADS) < HEADS or name in UNGROUPED
+]  # fmt: skip
+
+
+def ungrouped_twin(name: str, implementation: str) -> nn.Module:
+    """The model with each kv head's weights written once for each of its query heads: the same function, without groups."""
+    twin = FAMILIES[name].build(implementation, **UNGROUPED.get(name, {"num_key_value_heads": HEADS}))
+    source = plain(name, implementation).state_dict()
+    d = FAMILIES[name].options.get("head_dim", 8)
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, d))
+
+    with torch.no_grad():
+        for path, parameter in twin.named_parameters():
+            if "k_layernorm.norms." in path:  # one norm for each kv head
+                path = re.sub(r"norms\.(\d)", lambda found: f"norms.{int(found[1]) // GROUPS}", path)
+            x = source[path]
+            if "query_key_value" in path and name == "falcon_grouped":  # by group: its q heads, k, v
+                x = by_head(x).unflatten(0, (KV_HEADS, GROUPS + 2))
+                q, k, v = x[:, :-2].flatten(0, 1), x[:, -2].repeat_interleave(GROUPS, 0), x[:, -1].repeat_interleave(GROUPS, 0)
+                x = torch.stack([q, k, v], dim=1).flatten(0, 2)
+            elif "query_key_value" in path:  # all q heads, one k, one v; the twin has q, k, v by head
+                q, k, v = by_head(x).split([HEADS, 1, 1])
+                x = torch.stack([q, k.expand_as(q), v.expand_as(q)], dim=1).flatten(0, 2)
+            elif "qkv_proj" in path:  # all q heads, all k heads, all v heads
+                q, k, v = by_head(x).split([HEADS, KV_HEADS, KV_HEADS])
+                x = torch.cat([q, k.repeat_interleave(GROUPS, 0), v.repeat_interleave(GROUPS, 0)]).flatten(0, 1)
+            elif x.shape != parameter.shape:
+                x = by_head(x).repeat_interleave(GROUPS, 0).flatten(0, 1)
+            parameter.copy_(x)
+    return twin
+
+
+def vectors(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def d_of(model: nn.Module) -> tuple[int, int]:
+    first = anatomy_of(model).attentions[0]
+    return first.d_head, first.d_value
+
+
+ISOLATED = {
+    "qk to zero": Freeze("qk", heads=[1]),
+    "qk to the mean": Freeze("qk", heads=[1, 2], to="mean"),
+    "qk to noise": Freeze("qk", heads=[0, 3], to="noise", seed=5),
+    "qk detached": Freeze("qk", heads=[1], to="identity"),
+    "ov to zero": Freeze("ov", heads=[0]),
+    "ov to the mean": Freeze("ov", heads=[3], to="mean", strength=0.5),
+    "ov to noise": Freeze("ov", heads=[1, 2], to="noise"),
+    "ov detached": Freeze("ov", heads=[2], to="identity"),
+    "both resampled": Freeze("both", heads=[1], to="resample", layers=[1]),
+    "both with straight-through": Freeze("both", heads=[2, 3], to="noise", backward="ste", positions=[4, 6]),
+    "k and v scaled": Spec([Edit("rot_k", "scale", 0.5, heads=[0]), Edit("v", "scale", -1.0, heads=[3])]),
+}
+
+
+@by_case([(name, i) for name, i in CASES if name in GROUPED])
+def test_isolated_cuts_of_grouped_heads_are_those_of_the_ungrouped_twin(name: str, implementation: str) -> None:
+    model, twin, inputs = fresh(name, implementation), ungrouped_twin(name, implementation), FAMILIES[name].inputs(padding=0)
+
+    def outcome(model: nn.Module) -> tuple[Tensor, Tensor]:
+        found = gradients(model, inputs)
+        return logits(model, inputs), found[next(iter(found))]
+
+    for cut in (None, *ISOLATED.values()):
+        for kernel in ("auto", "eager"):
+            one, other = (outcome(patch_model(m, cut, kernel=kernel)) for m in (model, twin))
+            for found, expected in zip(one, other, strict=True):
+                # Products with another number of columns may add up in another order.
+                bound = 2e-5 * max(1.0, float(expected.abs().max()))
+                assert float((found - expected).abs().max()) <= bound, str(cut)
+
+
+@by_family(GROUPED)
+def test_isolated_cuts_leave_the_neighbours_in_the_group(name: str) -> None:
+    model, inputs = fresh(name), FAMILIES[name].inputs()
+    sites = ["rot_q", "rot_k", "v", "scores", "pattern", "z"]
+
+    def others(spec: Any) -> list[Tensor]:
+        with torch.no_grad(), capture(patch_model(model, spec), sites, layers=[0], heads=[0, 2, 3]) as run:
+            model(**inputs)
+        return [run[0, site] for site in sites]
+
+    before = others(None)
+    for spec in (Freeze("qk", heads=[1], layers=[0]), Freeze("both", heads=[1], to="noise"), Edit("v", "add", 1.0, heads=[1])):
+        assert_same(others(spec), before)
+
+
+# -- fused and separate projections -----------------------------------------------------------------------------------------------
+
+
+def test_fused_and_separate_projections_give_the_same() -> None:
+    """The same network as Llama (q, k, v, gate, up separate) and as Phi-3 (fused)."""
+    llama = fresh("llama", head_dim=8, rms_norm_eps=1e-5)
+    phi3 = fresh("phi3", sliding_window=None, rms_norm_eps=1e-5)
+    source = llama.state_dict()
+    for path in phi3.state_dict():
+        parts = [path]
+        if "qkv_proj" in path:
+            parts = [path.replace("qkv_proj", f"{x}_proj") for x in "qkv"]
+        elif "gate_up_proj" in path:
+            parts = [path.replace("gate_up_proj", f"{x}_proj") for x in ("gate", "up")]
+        with torch.no_grad():
+            phi3.state_dict()[path].copy_(torch.cat([source[part] for part in parts]))
+    inputs = FAMILIES["llama"].inputs()
+    cuts = [Edit("q", "scale", 0.5, heads=[1]), Edit("k", "zero", heads=[1], gqa="shared"), Edit("k", "add", vectors(8), heads=[0, 1])]
+    for spec in (None, *ISOLATED.values(), *cuts):
+        for kernel in ("auto", "eager"):
+            one, other = (logits(patch_model(m, spec, kernel=kernel), inputs) for m in (llama, phi3))
+            # One product of 64 columns against three may add up in another order.
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+# -- what a freeze leaves alone, and what removes a head ----------------------------------------------------------------------------
+
+
+def address_of(name: str) -> str:
+    return "decoder.cross.1" if FAMILIES[name].kind in ("encoder_decoder", "speech") else "self.1"
+
+
+@by_case()
+def test_freezing_one_circuit_leaves_the_other(name: str, implementation: str) -> None:
+    model, address = fresh(name, implementation), address_of(name)
+    inputs = FAMILIES[name].inputs(padding=0)
+
+    def run(spec: Any, kernel: Any) -> dict[str, Tensor]:
+        patch_model(model, spec, kernel=kernel)
+        with torch.no_grad(), capture(model, ["v", "pattern", "z"], layers=[address]) as seen:
+            model(**inputs)
+        return {site: seen[address, site] for site in ("v", "pattern", "z")}
+
+    for kernel in ("auto", "eager"):
+        before = run(None, kernel)
+        for to in ("zero", "noise", "mean", "resample"):
+            qk, ov = (run(Freeze(circuit, to=to, layers=[address]), kernel) for circuit in ("qk", "ov"))
+            assert_same(qk["v"], before["v"])
+            assert_same(ov["pattern"], before["pattern"])
+            assert not torch.equal(qk["pattern"], before["pattern"])
+            assert not torch.equal(qk["z"], before["z"])
+            assert not torch.equal(ov["z"], before["z"])
+
+
+OUTPUT = {
+    "gpt2": "transformer.h.1.attn.c_proj",
+    "gpt2_reordered": "transformer.h.1.attn.c_proj",
+    "gptj": "transformer.h.1.attn.out_proj",
+    "gpt_neox": "gpt_neox.layers.1.attention.dense",
+    "codegen": "transformer.h.1.attn.out_proj",
+    "falcon_multi_query": "transformer.h.1.self_attention.dense",
+    "falcon_grouped": "transformer.h.1.self_attention.dense",
+    "falcon_alibi": "transformer.h.1.self_attention.dense",
+    "bloom": "transformer.h.1.self_attention.dense",
+    "opt": "model.decoder.layers.1.self_attn.out_proj",
+    "gpt_neo": "transformer.h.1.attn.attention.out_proj",
+    "mpt": "transformer.blocks.1.attn.out_proj",
+    "phi": "model.layers.1.self_attn.dense",
+    "bert": "bert.encoder.layer.1.attention.output.dense",
+    "roberta": "roberta.encoder.layer.1.attention.output.dense",
+    "t5": "decoder.block.1.layer.1.EncDecAttention.o",
+    "bart": "model.decoder.layers.1.encoder_attn.out_proj",
+    "whisper": "model.decoder.layers.1.encoder_attn.out_proj",
+}
+"""The output projection of the attention at `address_of`, where it is not model.layers.1.self_attn.o_proj."""
+
+
+@by_case()
+def test_freezing_both_to_zero_removes_the_head(name: str, implementation: str) -> None:
+    """Equal to the model whose W_O has zeros for these heads, bit for bit: both add zeros in the same order."""
+    model, removed, inputs = fresh(name, implementation), fresh(name, implementation), FAMILIES[name].inputs()
+    before = logits(model, inputs)
+    projection = removed.get_submodule(OUTPUT.get(name, "model.layers.1.self_attn.o_proj"))
+    with torch.no_grad():
+        # GPT-2's Conv1D holds the transpose.
+        weight = projection.weight.T if hasattr(projection, "nf") else projection.weight
+        weight.unflatten(1, (HEADS, -1))[:, [1, 2]] = 0
+    expected = logits(removed, inputs)
+    assert not torch.equal(expected, before)
+    for kernel in ("auto", "eager") if implementation == "eager" else ("auto",):
+        for circuit in ("both", "ov"):
+            cut = Freeze(circuit, layers=[address_of(name)], heads=[1, 2])
+            assert_same(logits(patch_model(model, cut, kernel=kernel), inputs), expected)
+
+
+# -- the KV cache: step by step equals the whole sequence at once -------------------------------------------------------------------
+
+ROOM = 12
+"""Positions of a static cache: more than the sequence has."""
+
+
+def cached_specs(name: str, d_head: int, d_value: int) -> dict[str, Spec]:
+    stack = "decoder." if FAMILIES[name].kind in ("encoder_decoder", "speech") else ""
+    layers = [f"{stack}self.*"]
+    run = torch.rand(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0))
+
+    def edit(site: str, action: Any, value: Any = None, **more: Any) -> Edit:
+        return Edit(site, action, value, layers, **more)
+
+    every: dict[str, list[Any]] = {
+        "qk to zero": [Freeze("qk", layers, [1])],
+        "ov to a mean": [Freeze("ov", layers, [0, 2], "mean", reference=vectors(HEADS, d_value))],
+        "both to noise": [Freeze("both", layers, [0, 3], "noise", seed=3)],
+        "noise on queries": [edit("rot_q", "noise", (0.0, 1.0), heads=[1, 2]), edit("z", "noise", heads=[3], strength=0.5)],
+        "noise on keys": [edit("rot_k", "noise", heads=[1, 2]), edit("v", "noise", heads=[3], positions=range(2, 7))],
+        "positions": [edit("z", "zero", positions=[2, 5, 6]), edit("rot_k", "scale", 0.5, positions=[1, 4, 7], heads=[0])],
+        "values by position": [
+            edit("v", "value", vectors(HEADS, LENGTH, d_value), strength=0.5),
+            edit("rot_q", "add", vectors(2, LENGTH, d_head), heads=[0, 2]),
+        ],
+        "templates": [edit("pattern", "previous", heads=[0]), edit("pattern", "first", heads=[1]), edit("pattern", "uniform", heads=[3])],
+        "diagonal and scores": [edit("pattern", "diagonal", heads=[2]), edit("scores", "value", 0.3, heads=[0, 1])],
+        "noise on the matrix": [edit("scores", "noise", (0.0, 1.0), heads=[1]), edit("pattern", "noise", (0.0, 0.1), heads=[2])],
+        "another run's pattern": [edit("pattern", "activation", reference=run, heads=[1, 3])],
+        "scores by query and key": [edit("scores", "add", vectors(LENGTH, LENGTH), heads=[0, 2])],
+    }  # fmt: skip
+    return {name: Spec(cuts) for name, cuts in every.items()}
+
+
+def cross_specs(d_value: int) -> dict[str, Spec]:
+    return {
+        "cross and encoder": Spec(
+            [
+                Freeze("qk", ["decoder.cross.*"], [1]),
+                Edit("v", "noise", layers=["decoder.cross.1"], heads=[0], seed=2),
+                Edit("rot_k", "add", 0.5, layers=["decoder.cross.0"], heads=[2], positions=[3, 4, 6]),
+                Edit("z", "add", vectors(d_value), layers=["decoder.cross.*"], heads=[3], positions=[0, 3, 5]),
+                Edit("pattern", "previous", layers=["decoder.cross.1"], heads=[2]),
+                Freeze("ov", ["encoder.self.0"], [1], "noise"),
+            ]
+        )
+    }
+
+
+def new_cache(model: Any, static: bool, two_stacks: bool) -> Any:
+    config = model.config.get_text_config(decoder=True)
+    one = StaticCache(config=config, max_cache_len=ROOM) if static else DynamicCache(config=config)
+    return EncoderDecoderCache(one, DynamicCache(config=config)) if two_stacks else one
+
+
+@torch.no_grad()
+def by_chunks(model: Any, name: str, chunks: tuple[int, ...], static: bool) -> tuple[Tensor, Tensor]:
+    """Logits of a decoder's sequence in chunks with a cache, and of the whole without one; NaN where the query is padding."""
+    inputs = FAMILIES[name].inputs()
+    two_stacks = FAMILIES[name].kind != "decoder"
+    ids = inputs.pop("decoder_input_ids") if two_stacks else inputs.pop("input_ids")
+    mask = inputs.pop("attention_mask", None)
+    if two_stacks:
+        ids_name, fixed = "decoder_input_ids", {} if mask is None else {"attention_mask": mask}
+        source = {n: x for n, x in inputs.items() if n in ("input_ids", "input_features")}
+        fixed["encoder_outputs"] = model.get_encoder()(**source, **fixed)
+        whole = model(**fixed, decoder_input_ids=ids, use_cache=False).logits
+    else:
+        ids_name, fixed = "input_ids", {}
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        whole = whole.masked_fill(~mask.bool()[..., None], 0)
+    cache, found, start = new_cache(model, static, two_stacks), [], 0
+    for size in chunks:
+        part = slice(start, start + size)
+        more = {} if two_stacks else {"attention_mask": mask[:, : part.stop]}
+        out = model(**fixed, **more, **{ids_name: ids[:, part]}, past_key_values=cache, use_cache=True).logits
+        found.append(out if two_stacks else out.masked_fill(~mask.bool()[:, part, None], 0))
+        start += size
+    return torch.cat(found, dim=1), whole[:, :start]
+
+
+STEPS = {"steps": (4, 1, 1, 1, 1, 1), "two chunks": (4, 3, 1, 1)}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@by_case([(name, i) for name, i in CASES if FAMILIES[name].kind != "encoder"])
+def test_a_cache_gives_what_the_whole_sequence_gives(name: str, implementation: str, kind: str) -> None:
+    model = fresh(name, implementation)
+    d_head, d_value = d_of(model)
+    specs = cached_specs(name, d_head, d_value)
+    if FAMILIES[name].kind != "decoder":
+        specs |= cross_specs(d_value)
+    for number, (what, spec) in enumerate({"no cuts": Spec(), **specs}.items()):
+        patch_model(model, spec, kernel=("auto", "auto", "eager")[number % 3])
+        for chunks in STEPS.values():
+            if FAMILIES[name].kind != "decoder":
+                chunks = (*chunks[:-2],) if sum(chunks) > 7 else chunks
+            found, whole = by_chunks(model, name, chunks, kind == "static")
+            # Other shapes of products add up in other orders; logits are of the order of ten.
+            assert float((found - whole).abs().max()) < 1e-4, f"{what}, {chunks}"
+
+
+@by_case([(name, i) for name, i in CASES if FAMILIES[name].kind != "encoder"])
+def test_generation_with_a_cache_is_generation_without(name: str, implementation: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = fresh(name, implementation), family.inputs()
+    uncut = generate(model, family, inputs)
+    layers = ["decoder.*"] if family.kind != "decoder" else "all"
+    spec = Spec(
+        [
+            Freeze("qk", layers, [0]),
+            Freeze("both", layers, [1], "noise", seed=4),
+            Edit("pattern", "previous", layers=layers, heads=[2]),
+            Edit("v", "scale", -2.0, layers=layers, heads=[3], positions=range(3, 8)),
+        ]
+    )
+    cached = generate(patch_model(model, spec), family, inputs, use_cache=True)
+    assert torch.equal(cached, generate(model, family, inputs, use_cache=False))
+    assert not torch.equal(cached, uncut)
