@@ -223,7 +223,7 @@ def _addresses(paths: dict[nn.Module, list[str]]) -> dict[nn.Module, tuple[tuple
 
 
 def _stack_path(path: str) -> str:
-    return re.split(r"\.\d+(?:\.|$)", path)[0]
+    return re.split(r"(?:^|\.)\d+(?:\.|$)", path)[0]
 
 
 _STACKS = ("vision", "visual", "image", "audio", "speech", "encoder", "decoder")

@@ -49,7 +49,7 @@ class SurgicalAttention(Surgical):
 
 
 class SurgicalOwner(Surgical):
-    """Mixin of a module that calls a tapped projection without being the attention (BERT-style output blocks)."""
+    """Mixin of a module that calls a tapped projection without being the attention (an output block beside it)."""
 
     _surgery: dict[str, Tap]
 

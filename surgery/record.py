@@ -270,7 +270,7 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
             return _Stub(value, path, recording, dtype, device)
         if isinstance(value, nn.ModuleList):
             return [wrap(child, f"{path}.{i}") for i, child in enumerate(value)]
-        if any(is_projection(child) for child in value.modules()):
+        if any(is_projection(child) or _has_hooks(child) for child in value.modules()):
             return _view(value, f"{path}.", recording, None, {})
         return value
 
@@ -279,12 +279,18 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
         members["config"] = property(lambda self: config_view(self.__dict__["config"]))
     view: Any = object.__new__(type(base.__name__, (base,), members))
     attributes = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward", "_surgery")}
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        attributes[hooks] = {}
+    attributes.update({hooks: {} for hooks in _HOOKS})
     # Some forwards move a buffer to the inputs' device and set it again: here that must not reach the module.
     attributes["_buffers"] = dict(module._buffers)
     view.__dict__.update(attributes, _surgery=_State(recording))
     return view
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(module.__dict__.get(hooks) for hooks in _HOOKS)
 
 
 def _type_of(module: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -48,6 +48,9 @@ def by_case(cases: Any = tuple(CASES)) -> Any:
     return pytest.mark.parametrize(("name", "implementation"), list(cases))
 
 
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
 @functools.cache
 def plain(name: str, implementation: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model that no test may change."""
@@ -102,10 +105,10 @@ def generate(model: Any, family: TinyFamily, inputs: dict[str, Tensor], **more: 
     return model.generate(**prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, **more)
 
 
-# -- no cuts: nothing changes -------------------------------------------------------------------------------------------------
+# -- no cuts: nothing changes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@by_dtype
 @by_case()
 def test_without_cuts_logits_gradients_and_generation_stay(name: str, implementation: str, dtype: torch.dtype) -> None:
     family = FAMILIES[name]
@@ -117,7 +120,7 @@ def test_without_cuts_logits_gradients_and_generation_stay(name: str, implementa
     assert_same(after, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@by_dtype
 @by_case()
 def test_kernel_eager_equals_the_eager_model(name: str, implementation: str, dtype: torch.dtype) -> None:
     family = FAMILIES[name]
@@ -161,19 +164,19 @@ def test_attentions_and_hidden_states_stay(name: str, implementation: str) -> No
 
     def states(model: nn.Module) -> dict[str, Any]:
         with torch.no_grad():
-            out = model(**inputs, output_attentions=implementation == "eager", output_hidden_states=True)
+            out = model(**inputs, output_attentions=True, output_hidden_states=True)
         return {n: x for n, x in out.items() if "attentions" in n or "hidden_states" in n}
 
     model = fresh(name, implementation)
     before = states(model)
     assert any("hidden_states" in n for n in before)
     assert_same(states(patch_model(model)), before)
-    again = states(patch_model(model, kernel="eager"))
-    assert_same(again, {n: x for n, x in states(plain(name, "eager")).items() if n in again})
+    # A model loaded as sdpa has no attentions of its own; with every module reconstructed it has those of the eager one.
+    assert_same(states(patch_model(model, kernel="eager")), states(plain(name, "eager")))
     assert_same(states(unpatch_model(model)), before)
 
 
-# -- the object: tensors, copies, pickles, undo ---------------------------------------------------------------------------------
+# -- the object: tensors, copies, pickles, undo ----------------------------------------------------------------------------
 
 CUTS = Spec(
     [Freeze("qk", layers=[0], heads=[1]), Freeze("ov", layers=[1], heads=[0, 2]), Edit("pattern", "scale", 0.5, layers=[0])]
@@ -239,7 +242,7 @@ def test_the_context_restores_after_an_exception(name: str) -> None:
     assert_same(logits(model, inputs), expected)
 
 
-# -- grouped heads and their ungrouped twin ---------------------------------------------------------------------------------------
+# -- grouped heads and their ungrouped twin --------------------------------------------------------------------------------
 
 GROUPS = HEADS // KV_HEADS
 UNGROUPED = {
@@ -341,7 +344,7 @@ def test_isolated_cuts_leave_the_neighbours_in_the_group(name: str) -> None:
         assert_same(others(spec), before)
 
 
-# -- fused and separate projections -----------------------------------------------------------------------------------------------
+# -- fused and separate projections ----------------------------------------------------------------------------------------
 
 
 def test_fused_and_separate_projections_give_the_same() -> None:
@@ -358,7 +361,11 @@ def test_fused_and_separate_projections_give_the_same() -> None:
         with torch.no_grad():
             phi3.state_dict()[path].copy_(torch.cat([source[part] for part in parts]))
     inputs = FAMILIES["llama"].inputs()
-    cuts = [Edit("q", "scale", 0.5, heads=[1]), Edit("k", "zero", heads=[1], gqa="shared"), Edit("k", "add", vectors(8), heads=[0, 1])]
+    cuts = [
+        Edit("q", "scale", 0.5, heads=[1]),
+        Edit("k", "zero", heads=[1], gqa="shared"),
+        Edit("k", "add", vectors(8), heads=[0, 1]),
+    ]
     for spec in (None, *ISOLATED.values(), *cuts):
         for kernel in ("auto", "eager"):
             one, other = (logits(patch_model(m, spec, kernel=kernel), inputs) for m in (llama, phi3))
@@ -366,17 +373,18 @@ def test_fused_and_separate_projections_give_the_same() -> None:
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 
 
-# -- what a freeze leaves alone, and what removes a head ----------------------------------------------------------------------------
+# -- what a freeze leaves alone, and what removes a head -------------------------------------------------------------------
 
 
 def address_of(name: str) -> str:
     return "decoder.cross.1" if FAMILIES[name].kind in ("encoder_decoder", "speech") else "self.1"
 
 
+@by_dtype
 @by_case()
-def test_freezing_one_circuit_leaves_the_other(name: str, implementation: str) -> None:
-    model, address = fresh(name, implementation), address_of(name)
-    inputs = FAMILIES[name].inputs(padding=0)
+def test_freezing_one_circuit_leaves_the_other(name: str, implementation: str, dtype: torch.dtype) -> None:
+    model, address = fresh(name, implementation, dtype), address_of(name)
+    inputs = cast(FAMILIES[name].inputs(padding=0), dtype)
 
     def run(spec: Any, kernel: Any) -> dict[str, Tensor]:
         patch_model(model, spec, kernel=kernel)
@@ -418,10 +426,12 @@ OUTPUT = {
 """The output projection of the attention at `address_of`, where it is not model.layers.1.self_attn.o_proj."""
 
 
+@by_dtype
 @by_case()
-def test_freezing_both_to_zero_removes_the_head(name: str, implementation: str) -> None:
+def test_freezing_both_to_zero_removes_the_head(name: str, implementation: str, dtype: torch.dtype) -> None:
     """Equal to the model whose W_O has zeros for these heads, bit for bit: both add zeros in the same order."""
-    model, removed, inputs = fresh(name, implementation), fresh(name, implementation), FAMILIES[name].inputs()
+    model, removed = (fresh(name, implementation, dtype) for _ in range(2))
+    inputs = cast(FAMILIES[name].inputs(), dtype)
     before = logits(model, inputs)
     projection = removed.get_submodule(OUTPUT.get(name, "model.layers.1.self_attn.o_proj"))
     with torch.no_grad():
@@ -436,7 +446,7 @@ def test_freezing_both_to_zero_removes_the_head(name: str, implementation: str) 
             assert_same(logits(patch_model(model, cut, kernel=kernel), inputs), expected)
 
 
-# -- the KV cache: step by step equals the whole sequence at once -------------------------------------------------------------------
+# -- the KV cache: step by step equals the whole sequence at once ----------------------------------------------------------
 
 ROOM = 12
 """Positions of a static cache: more than the sequence has."""
@@ -461,9 +471,10 @@ def cached_specs(name: str, d_head: int, d_value: int) -> dict[str, Spec]:
             edit("v", "value", vectors(HEADS, LENGTH, d_value), strength=0.5),
             edit("rot_q", "add", vectors(2, LENGTH, d_head), heads=[0, 2]),
         ],
-        "templates": [edit("pattern", "previous", heads=[0]), edit("pattern", "first", heads=[1]), edit("pattern", "uniform", heads=[3])],
+        "templates": [edit("pattern", word, heads=[i]) for i, word in enumerate(("previous", "first", "uniform"))],
         "diagonal and scores": [edit("pattern", "diagonal", heads=[2]), edit("scores", "value", 0.3, heads=[0, 1])],
-        "noise on the matrix": [edit("scores", "noise", (0.0, 1.0), heads=[1]), edit("pattern", "noise", (0.0, 0.1), heads=[2])],
+        "noise on scores": [edit("scores", "noise", (0.0, 1.0), heads=[1])],
+        "noise on the pattern": [edit("pattern", "noise", (0.0, 0.1), heads=[2])],
         "another run's pattern": [edit("pattern", "activation", reference=run, heads=[1, 3])],
         "scores by query and key": [edit("scores", "add", vectors(LENGTH, LENGTH), heads=[0, 2])],
     }  # fmt: skip
@@ -517,11 +528,33 @@ def by_chunks(model: Any, name: str, chunks: tuple[int, ...], static: bool) -> t
     return torch.cat(found, dim=1), whole[:, :start]
 
 
-STEPS = {"steps": (4, 1, 1, 1, 1, 1), "two chunks": (4, 3, 1, 1)}
+# Static caches that unpatched families cannot use: alibi as long as the mask, a local mask that counts queries from the end.
+NO_STATIC_CACHE = ("falcon_alibi", "bloom", "gpt_neo")
+
+STEPS = ((4, 1, 1, 1, 1, 1), (4, 3, 1, 1), (6, 3))
+"""Lengths of the calls: token by token after a prompt, and prompts in two chunks; two-stack decoders have 7 positions."""
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@by_case([(name, i) for name, i in CASES if FAMILIES[name].kind != "encoder"])
+def cache_error(model: nn.Module, name: str, static: bool) -> float:
+    """The largest difference between logits with a cache and without."""
+    worst = 0.0
+    for chunks in STEPS:
+        if FAMILIES[name].kind != "decoder":
+            chunks = tuple(size for i, size in enumerate(chunks) if sum(chunks[: i + 1]) <= LENGTH - 2)
+        found, whole = by_chunks(model, name, chunks, static)
+        worst = max(worst, float((found - whole).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "kind"),
+    [
+        (name, i, kind)
+        for kind in ("dynamic", "static")
+        for name, i in CASES
+        if FAMILIES[name].kind != "encoder" and not (kind == "static" and name in NO_STATIC_CACHE)
+    ],
+)
 def test_a_cache_gives_what_the_whole_sequence_gives(name: str, implementation: str, kind: str) -> None:
     model = fresh(name, implementation)
     d_head, d_value = d_of(model)
@@ -530,19 +563,22 @@ def test_a_cache_gives_what_the_whole_sequence_gives(name: str, implementation: 
         specs |= cross_specs(d_value)
     for number, (what, spec) in enumerate({"no cuts": Spec(), **specs}.items()):
         patch_model(model, spec, kernel=("auto", "auto", "eager")[number % 3])
-        for chunks in STEPS.values():
-            if FAMILIES[name].kind != "decoder":
-                chunks = (*chunks[:-2],) if sum(chunks) > 7 else chunks
-            found, whole = by_chunks(model, name, chunks, kind == "static")
-            # Other shapes of products add up in other orders; logits are of the order of ten.
-            assert float((found - whole).abs().max()) < 1e-4, f"{what}, {chunks}"
+        # Other shapes of products add up in other orders; logits are of the order of ten.
+        assert cache_error(model, name, kind == "static") < 1e-4, what
+
+
+@by_case([(name, i) for name, i in CASES if name in NO_STATIC_CACHE])
+def test_the_static_caches_that_are_left_out_do_not_work_unpatched(name: str, implementation: str) -> None:
+    try:
+        assert cache_error(plain(name, implementation), name, static=True) > 1e-2
+    except RuntimeError as error:
+        assert "size" in str(error)
 
 
 @by_case([(name, i) for name, i in CASES if FAMILIES[name].kind != "encoder"])
 def test_generation_with_a_cache_is_generation_without(name: str, implementation: str) -> None:
     family = FAMILIES[name]
     model, inputs = fresh(name, implementation), family.inputs()
-    uncut = generate(model, family, inputs)
     layers = ["decoder.*"] if family.kind != "decoder" else "all"
     spec = Spec(
         [
@@ -552,6 +588,11 @@ def test_generation_with_a_cache_is_generation_without(name: str, implementation
             Edit("v", "scale", -2.0, layers=layers, heads=[3], positions=range(3, 8)),
         ]
     )
-    cached = generate(patch_model(model, spec), family, inputs, use_cache=True)
-    assert torch.equal(cached, generate(model, family, inputs, use_cache=False))
-    assert not torch.equal(cached, uncut)
+    details = {"return_dict_in_generate": True, "output_logits": True}
+    uncut = generate(model, family, inputs, **details)
+    patch_model(model, spec)
+    cached, whole = (generate(model, family, inputs, use_cache=use_cache, **details) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    for with_cache, without, other in zip(cached.logits, whole.logits, uncut.logits, strict=True):
+        torch.testing.assert_close(with_cache, without, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(with_cache, other, atol=1e-2)

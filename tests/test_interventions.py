@@ -13,7 +13,8 @@ from torch import Tensor
 
 from surgery import CacheError, Edit, SpecError
 from surgery.cuts import ACTIONS, REPLACING, TEMPLATES, TRANSFORMING
-from surgery.interventions import Heads, Operation, Where, gaussian
+from surgery.interventions import Heads, Operation, Where
+from surgery.noise import gaussian
 from surgery.reference import Entry
 from surgery.sites import SITES
 
