@@ -103,7 +103,7 @@ def capture(
     Warns (NotFiredWarning) of attentions that the block's forwards never ran. Raises SpecError and NoMatchError for
     selections that do not exist, and what patch_model raises.
     """
-    sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
     anatomy = anatomy_of(model, strict)
     # The same checks as an edit of the same selection.
     checked = [Edit(site, "identity", layers=layers, heads=heads) for site in sites]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,10 +49,26 @@ class SurgicalAttention(Surgical):
         return self._surgery.reconstruction
 
 
+@dataclass
+class Owned:
+    """The state of a module that calls tapped projections without being the attention: taps by attribute name."""
+
+    taps: dict[str, Tap] = field(default_factory=dict)
+    module: Any = None
+    view: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"taps": self.taps, "module": None, "view": None}
+
+
 class SurgicalOwner(Surgical):
     """Mixin of a module that calls a tapped projection without being the attention (an output block beside it)."""
 
-    _surgery: dict[str, Tap]
+    _surgery: Owned
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        attach_owner(self)
 
 
 def _rebuild(maker: str, base: Any) -> nn.Module:
@@ -74,7 +91,7 @@ def attention_class(base: Any) -> type[nn.Module]:
             output = base.forward(self, *args, **kwargs)
         else:
             output = type(surgery.view).forward(surgery.view, *args, **kwargs)
-            surgery.leave()
+            surgery.require(surgery.expected)
         if not torch.compiler.is_compiling():
             surgery.session.leave()
         return output
@@ -91,8 +108,13 @@ def owner_class(base: Any) -> type[nn.Module]:
     """The patched class of a module that only calls a tapped projection."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        view = _share(_owner_view(base, tuple(sorted(self._surgery))), self)
-        return base.forward(view, *args, **kwargs)
+        owned: Owned = self._surgery
+        if owned.module is not self:
+            attach_owner(self)
+        output = base.forward(owned.view, *args, **kwargs)
+        for tap in owned.taps.values():
+            tap.surgery.require(tap.sites)
+        return output
 
     return _subclass(SurgicalOwner, base, owner_class, forward)
 
@@ -109,6 +131,13 @@ def attach(module: Any) -> None:
     surgery.attach(module, _share(_ungrouped_view(base), module))
     members = tuple(surgery.family.members.items())
     surgery.view = _share(_attention_view(base, tuple(sorted(surgery.taps)), members), module)
+
+
+def attach_owner(module: Any) -> None:
+    """As `attach`, for a module that only calls tapped projections."""
+    owned: Owned = module._surgery
+    owned.module = module
+    owned.view = _share(_owner_view(module._surgery_base, tuple(sorted(owned.taps))), module)
 
 
 def _share(cls: type, module: nn.Module) -> Any:
@@ -137,7 +166,7 @@ def _attention_view(base: type, taps: tuple[str, ...], members: tuple[tuple[str,
 
 @functools.cache
 def _owner_view(base: type, taps: tuple[str, ...]) -> type:
-    names = {name: _tap(name, lambda self: self._surgery) for name in taps}
+    names = {name: _tap(name, lambda self: self._surgery.taps) for name in taps}
     return type(base.__name__, (base,), {"__module__": base.__module__, **names})
 
 

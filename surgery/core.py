@@ -196,9 +196,9 @@ class Surgery:
             if cache is not None and self.needs_position:
                 self.where = Where(*offsets(cache, self.module, self.is_cross), is_cached=True)
 
-    def leave(self) -> None:
-        """After the family's forward: every planned point must have been reached."""
-        if missing := self.expected - self.reached:
+    def require(self, sites: Iterable[str]) -> None:
+        """After the family's forward: these points must have been reached."""
+        if missing := set(sites) - self.reached:
             raise SurgeryError(
                 describe(
                     f"{self.path!r}",

@@ -5,10 +5,12 @@ Nothing here knows a model; `surgery.lower` checks cuts against one. `surgery.sp
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -331,8 +333,20 @@ def _to_plain(value: Any, name: str, tensors: dict[str, Tensor], strict: bool) -
             raise SpecError(
                 describe("Spec", found, "cuts that are data", "Use it in this process only, or express it as another Edit.")
             )
-        return {"callable": f"{_callable_name(value)}@{id(value)}"}
+        return {"callable": f"{_callable_name(value)} {_serial(value)}"}
     return list(value) if isinstance(value, tuple) else value
+
+
+_SERIALS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_COUNTER = itertools.count()
+
+
+def _serial(value: Callable[..., Any]) -> int:
+    """A number for a callable: its own in this process, never given again to another one (as its id would be)."""
+    try:
+        return _SERIALS.setdefault(value, next(_COUNTER))
+    except TypeError:  # unhashable, or without weak references
+        return id(value)
 
 
 def _callable_name(value: Callable[..., Any]) -> str:

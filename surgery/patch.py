@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from surgery.anatomy import Anatomy, Attention, find_anatomy
-from surgery.classes import SurgicalAttention, SurgicalOwner, attach, attention_class, owner_class
+from surgery.classes import Owned, SurgicalAttention, SurgicalOwner, attach, attach_owner, attention_class, owner_class
 from surgery.core import Plan, Probe, Session, Surgery, sample_arguments
 from surgery.errors import NotFiredWarning, ParityError, PatchError, SpecError, describe, listing
 from surgery.lower import lower, on_meta
@@ -38,10 +38,7 @@ def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", stri
     Returns the same model object. Raises SpecError, NoMatchError, UnsupportedArchitectureError or PatchError, each listing
     all problems, with the model left exactly as it was.
     """
-    spec = as_spec(spec)
-    if kernel not in KERNELS:
-        raise SpecError(describe("patch_model", f"kernel={kernel!r}", ", ".join(map(repr, KERNELS)), "Use one of these."))
-    _apply(model, spec, kernel, strict, _probes(model))
+    _apply(model, as_spec(spec), kernel, strict, _probes(model))
     return model
 
 
@@ -49,13 +46,12 @@ def unpatch_model(model: Model) -> Model:
     """Gives every module its own class back: the very same classes and tensors as before patching.
 
     Does nothing to a model that is not patched. Warns (NotFiredWarning) of cuts that never ran while others did.
-    Raises PatchError if something else has changed a patched module's class meanwhile.
+    Raises PatchError, with nothing undone, if something else has changed a patched module's class meanwhile.
     """
     session = session_of(model)
+    _restore_all(model)
     if session is not None:
         _warn_silent(session.never_ran)
-    for module in _patched_modules(model):
-        _restore(module)
     return model
 
 
@@ -142,8 +138,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
         inner = session_of(model)
         silent = inner.never_ran if inner is not None and inner is not before and not failed else []
         if before is None:
-            for module in _patched_modules(model):
-                _restore(module)
+            _restore_all(model)
         else:
             _apply(model, before.spec, before.kernel, False, probes, before)
         _warn_silent(silent)
@@ -163,6 +158,8 @@ def _apply(
     session: Session | None = None,
 ) -> None:
     """Plans and checks the whole model, then swaps."""
+    if kernel not in KERNELS:
+        raise SpecError(describe("patch_model", f"kernel={kernel!r}", ", ".join(map(repr, KERNELS)), "Use one of these."))
     anatomy = anatomy_of(model, strict)
     if anatomy.unsupported and not strict and session_of(model) is None:
         warnings.warn(listing("patch_model leaves as they are", anatomy.unsupported), UserWarning, stacklevel=3)
@@ -172,8 +169,8 @@ def _apply(
         plan.reconstruct = kernel == "eager"
         for probe in probes.get(attention.address, ()):
             plan.probes.setdefault(probe.site, []).append(probe)
-    problems = [p for attention in anatomy for p in _obstacles(attention)]
-    problems += [p for attention in anatomy for p in _tap_problems(attention, plans[attention.address])]
+    problems = _foreign_classes(model) + [p for attention in anatomy for p in _obstacles(attention.module, attention.path)]
+    problems += [p for attention in anatomy for p in _tap_problems(model, attention, plans[attention.address])]
     if problems:
         raise PatchError(listing("patch_model", problems))
     if session_of(model) is None:
@@ -193,8 +190,7 @@ def _apply(
             _swap(model, attention, plans[attention.address], session)
     except BaseException:
         if is_new:
-            for module in _patched_modules(model):
-                _restore(module)
+            _restore_all(model)
         raise
 
 
@@ -217,10 +213,12 @@ def _swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) 
             owner: Any = model.get_submodule(place.owner)
             if not isinstance(owner, SurgicalOwner):
                 owner_type: Any = type(owner)
-                owner.__dict__["_surgery"] = {}
+                owner.__dict__["_surgery"] = Owned()
                 _set_class(owner, owner_class(owner_type))
-            taps = owner._surgery
+            taps = owner._surgery.taps
         taps.setdefault(place.name, Tap(surgery)).add(site, place.channels)
+        if taps is not own:
+            attach_owner(owner)
     surgery.set_plan(plan, own)
     attach(module)
 
@@ -229,65 +227,83 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Swaps the class, also under an accelerate hook, which keeps the bound forward of the class before."""
     before = type(module)
     module.__class__ = cls
-    hooked = module.__dict__.get("_old_forward")
-    if isinstance(hooked, types.MethodType) and hooked.__func__ is before.forward:
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+    # Under "forward" itself that is what such a hook leaves behind when it is removed.
+    for name in ("_old_forward", "forward"):
+        if _is_own(module.__dict__.get(name), module, before):
+            module.__dict__[name] = types.MethodType(cls.forward, module)
+
+
+def _is_own(forward: Any, module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a forward is the module's class's own, bound to it."""
+    return isinstance(forward, types.MethodType) and forward.__func__ is cls.forward and forward.__self__ is module
+
+
+def _restore_all(model: nn.Module) -> None:
+    """Undoes patching. Raises PatchError, with nothing undone, if something else has changed a class."""
+    if problems := _foreign_classes(model):
+        raise PatchError(listing("unpatch_model", problems))
+    for module in _patched_modules(model):
+        _restore(module)
 
 
 def _restore(module: Any) -> None:
-    base: Any = module._surgery_base
-    if type(module) not in (attention_class(base), owner_class(base)):
-        raise PatchError(
-            describe(
-                "unpatch_model", f"a module of class {type(module).__name__}", base.__name__, "Undo what changed its class."
-            )
-        )
-    _set_class(module, base)
+    _set_class(module, module._surgery_base)
     del module.__dict__["_surgery"]
+
+
+def _foreign_classes(model: nn.Module) -> list[str]:
+    """Patched modules whose class something else has changed since."""
+    found = []
+    for path, module in model.named_modules():
+        base: Any = getattr(module, "_surgery_base", None)
+        if base is not None and type(module) not in (attention_class(base), owner_class(base)):
+            what = f"the class {type(module).__name__}, which something else gave the patched module"
+            found.append(
+                describe(f"{path!r} ({base.__name__})", what, "the class that patching gave it", "Undo that change first.")
+            )
+    return found
 
 
 def _patched_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, SurgicalAttention | SurgicalOwner)]
 
 
-def _obstacles(attention: Attention) -> list[str]:
+def _obstacles(module: nn.Module, path: str) -> list[str]:
     """Why a module must not be touched: its forward was replaced by something that is not accelerate's hook."""
-    module, found = attention.module, []
-    base: Any = getattr(module, "_surgery_base", None)
-    if isinstance(module, SurgicalAttention) and type(module) is not attention_class(base):
-        found.append(
-            describe(
-                f"{attention.path!r} ({attention.class_name})",
-                f"the class {type(module).__name__}, which something else gave the patched module",
-                "the class that patching gave it",
-                "Undo that change first.",
-            )
-        )
-    forward = module.__dict__.get("forward")
-    if forward is not None and "_hf_hook" not in module.__dict__:
-        name = getattr(forward, "__qualname__", repr(forward))
-        found.append(
-            describe(
-                f"{attention.path!r} ({attention.class_name})",
-                f"a forward that something else set on the module ({name})",
-                "the class's own forward",
-                "Undo that change before patching; our cuts would never run.",
-            )
-        )
-    return found
-
-
-def _tap_problems(attention: Attention, plan: Plan) -> list[str]:
+    forward = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    if forward is None or _is_own(forward, module, type(module)):
+        return []
+    name = getattr(forward, "__qualname__", repr(forward))
+    base = getattr(type(module), "_surgery_base", type(module))
     return [
         describe(
-            f"{attention.path!r}",
-            f"{site}: the projection {attention.projections[name].path!r} is an entry of a list",
-            "a projection that is an attribute",
-            "Use the sites rot_q, rot_k or z.",
+            f"{path!r} ({base.__name__})",
+            f"a forward that something else set on the module ({name})",
+            "the class's own forward",
+            "Undo that change before patching; our cuts would never run.",
         )
-        for site, name in (("q", "q"), ("k", "k"), ("result", "o"))
-        if site in plan.sites and attention.projections[name].name.isdigit()
     ]
+
+
+def _tap_problems(model: nn.Module, attention: Attention, plan: Plan) -> list[str]:
+    """Why a projection cannot be tapped where it is called."""
+    found = []
+    for site, name in (("q", "q"), ("k", "k"), ("result", "o")):
+        if site not in plan.sites:
+            continue
+        place = attention.projections[name]
+        if place.name.isdigit():
+            found.append(
+                describe(
+                    f"{attention.path!r}",
+                    f"{site}: the projection {place.path!r} is an entry of a list",
+                    "a projection that is an attribute",
+                    "Use the sites rot_q, rot_k or z.",
+                )
+            )
+        elif place.owner != attention.path:
+            found += _obstacles(model.get_submodule(place.owner), place.owner)
+    return found
 
 
 def verify(attention: Attention) -> None:

@@ -36,6 +36,7 @@ _STRUCTURAL = _names(
     "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
 )
 _FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
+_MIXING = _names("linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d __matmul__ __rmatmul__")
 
 
 def _first_of_pairs(labels: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class Labelled(Tensor):
                 return _attach(out, func(*labels[0], **labels[1]))
             if name in _PAIRS:
                 return Labelled.make(out, _PAIRS[name](args[0].labels))
-            if name in _FRESH:
+            if name in _FRESH or name in _MIXING:
                 return Labelled.make(out, torch.full(out.shape, -1))
         return tree_map(lambda o: _hand_on(o, given), out)
 
@@ -192,6 +193,15 @@ class _Stub:
         return Labelled.make(value, (torch.arange(width) + owner * _BASE).expand(shape).contiguous())
 
 
+class _Chain(list[Any]):
+    """A list of modules in the recorded run; called, they run one after another."""
+
+    def __call__(self, x: Any) -> Any:
+        for module in self:
+            x = module(x)
+        return x
+
+
 def config_view(config: Any) -> Any:
     """A config that shares everything with the given one, live, but names our attention implementation."""
     view: Any = object.__new__(_config_class(type(config)))
@@ -268,8 +278,8 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
     def wrap(value: nn.Module, path: str) -> Any:
         if is_projection(value):
             return _Stub(value, path, recording, dtype, device)
-        if isinstance(value, nn.ModuleList):
-            return [wrap(child, f"{path}.{i}") for i, child in enumerate(value)]
+        if isinstance(value, nn.ModuleList | nn.Sequential):
+            return _Chain(wrap(child, f"{path}.{name}") for name, child in value._modules.items() if child is not None)
         if any(is_projection(child) or _has_hooks(child) for child in value.modules()):
             return _view(value, f"{path}.", recording, None, {})
         return value
@@ -290,7 +300,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__.get(hooks) for hooks in _HOOKS)
+    return "_hf_hook" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS)
 
 
 def _type_of(module: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -67,7 +67,8 @@ def head_result(projection: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
         channels = channels.to(x.device)
         return x.index_select(-1, channels) @ (weight[channels] if type(projection) is Conv1D else weight[:, channels].t())
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, channels.to(x.device), True)
-    return projection(torch.where(mask, x, 0)) - projection(torch.zeros_like(x[:1, :1]))
+    # Not projection(..): the user's hooks there fire once in a forward, for the whole output.
+    return projection.forward(torch.where(mask, x, 0)) - projection.forward(torch.zeros_like(x[:1, :1]))
 
 
 class Tapped:

@@ -321,6 +321,12 @@ def test_steps_of_a_generation(name: str, implementation: str) -> None:
     torch.testing.assert_close(torch.cat(z, dim=2)[1], whole[1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_site_named_twice_is_seen_once() -> None:
+    model, inputs = built("gpt2"), FAMILIES["gpt2"].inputs()
+    run = seen(model, inputs, ["z", "pattern", "z"])
+    assert len(run.steps(0, "z")) == 1 and len(run) == 2 * LAYERS
+
+
 def test_the_last_forward_counts() -> None:
     model, family = built("gpt2"), FAMILIES["gpt2"]
     one, two = family.inputs(), family.inputs(length=5, seed=1)

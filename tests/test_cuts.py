@@ -1,7 +1,8 @@
 """Every cut at every point of the core, forward and backward, against the loops of `oracle`.
 
 Tolerance: loops, batched products and fused kernels add up in different orders through two layers; 2e-5 of the largest
-number is some hundred roundings of float32, and a wrong cut is off by more than 1e-2. T5, BART and Whisper run in float64:
+number (or of ten: gradients that cancel to nothing keep the roundings of their terms) is some hundred roundings of
+float32, and a wrong cut is off by more than 1e-2. T5, BART and Whisper run in float64:
 T5 does not scale its scores, so that its patterns are nearly one-hot and roundings grow. (The others cannot: families that
 cast scores to float32 for the softmax give NaN for padding in float64.)
 Where a kernel is fused, queries that are padding are not compared: what a fully masked row gives is the kernel's own.
@@ -89,7 +90,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name in dict.fromkeys([*expected, *found]):
         like = expected.get(name, found.get(name))
         one, other = (d.get(name, torch.zeros_like(like)) for d in (found, expected))
-        bound = 2e-5 * max(1.0, float(other.abs().max()))
+        bound = 2e-5 * max(10.0, float(other.abs().max()))
         difference = float((one - other).abs().max())
         assert difference <= bound, f"{name}: differs by {difference:.3g}, more than {bound:.3g}"
 

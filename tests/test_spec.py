@@ -320,6 +320,29 @@ def test_tensors_and_references_compare_by_content() -> None:
 def test_callables_are_equal_to_themselves_only() -> None:
     assert Edit("z", double) == Edit("z", double)
     assert Edit("z", double) != Edit("z", lambda x: 2 * x)
+    assert Edit("z", torch.relu) == Edit("z", torch.relu) != Edit("z", torch.sigmoid)
+    assert Edit("z", Doubler().call) != Edit("z", Doubler().call)
+    one = Doubler()
+    assert Edit("z", one.call) == Edit("z", one.call)
+    assert Edit("z", Unhashable()) != Edit("z", Unhashable())
+
+
+class Doubler:
+    def call(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_callable_that_is_gone_lends_its_identity_to_no_other() -> None:
+    """Python gives the address of a collected function to the next one; a cache's mark must not be taken over with it."""
+    seen = {Spec(Edit("z", lambda x: x)).fingerprint() for _ in range(20)}
+    assert len(seen) == 20
 
 
 # -- text ---------------------------------------------------------------------------------------------------------------
