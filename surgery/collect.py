@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from surgery.anatomy import Attention
-from surgery.capture import capture
+from surgery.captures import capture
 from surgery.errors import SpecError, describe
 from surgery.patch import anatomy_of
 from surgery.reference import Entry, Reference

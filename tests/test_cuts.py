@@ -23,7 +23,7 @@ from oracle import Oracle
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from surgery.capture import capture
+from surgery.captures import capture
 from surgery.patch import patch_model, patched
 from surgery.reference import ANY, Entry, Reference
 from surgery.spec import Edit, Freeze, Spec

@@ -17,7 +17,7 @@ from families import BATCH, FAMILIES, HEADS, KV_HEADS, LENGTH, PADDING, TinyFami
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from surgery.capture import capture
+from surgery.captures import capture
 from surgery.patch import anatomy_of, patch_model, patched, unpatch_model
 from surgery.spec import Edit, Freeze, Spec
 

@@ -22,7 +22,7 @@ ORDER = [
     "surgery.spec", "surgery.interventions",                                                              # what is cut
     "surgery.record", "surgery.interface", "surgery.anatomy", "surgery.rewrite", "surgery.masks", "surgery.cache",  # a model
     "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.patch",                  # its surgery
-    "surgery.capture", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
+    "surgery.captures", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
     "surgery.factored", "surgery.linear", "surgery.heads", "surgery.weights",                             # its weights
     "surgery.public", "surgery",                                                                          # the names
     "patches",

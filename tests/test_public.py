@@ -1,8 +1,9 @@
-"""The public names: all there, loaded late, and `capture` is the function whatever was imported before."""
+"""The public names: all there, loaded late, each with a docstring of its own."""
 
 from __future__ import annotations
 
-import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -18,12 +19,14 @@ def test_every_public_name_is_that_of_its_module() -> None:
         assert name in dir(surgery)
 
 
-def test_the_function_capture_hides_the_module_of_its_name() -> None:
-    module = importlib.import_module("surgery.capture")
-    assert surgery.capture is module.capture
-    from surgery import capture
+def test_no_module_hides_a_public_name() -> None:
+    for name in surgery.__all__:
+        assert f"surgery.{name}" not in sys.modules, "a module of that name would take the name's place once it is imported"
 
-    assert capture is module.capture
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import surgery, sys; assert 'torch' not in sys.modules; surgery.Spec; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_does_not_exist_is_an_attribute_error() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from surgery.anatomy import Anatomy, Attention, Projection
-from surgery.capture import capture
+from surgery.captures import capture
 from surgery.errors import NoMatchError, SpecError, SurgeryError, UnsupportedArchitectureError
 from surgery.patch import anatomy_of, patched
 from surgery.weights import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from surgery.anatomy import Attention
-from surgery.capture import capture
+from surgery.captures import capture
 from surgery.collect import collect_reference
 from surgery.demo.data import Copies
 from surgery.patch import Kernel, anatomy_of, patched
