@@ -6,13 +6,17 @@ import re
 from pathlib import Path
 
 from families import FAMILIES
+
 from surgery import inspect_model
 from surgery.family import find_family, register_patch  # noqa: F401
 
 
 def family_table() -> str:
     """One row for each family: class, heads over kv heads, projections, how the patch is found."""
-    lines = ["| family | attention class | heads / kv heads | projections | reconstruction from |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| family | attention class | heads / kv heads | projections | reconstruction from |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, family in FAMILIES.items():
         model = family.build()
         row = inspect_model(model, strict=True).rows[0]
@@ -21,9 +25,9 @@ def family_table() -> str:
         source = "its eager function" if found.interface is not None and not found.members else "`patches/`"
         if not found.eager.__module__.startswith("transformers"):
             source = f"`patches/{found.eager.__module__.rpartition('.')[2]}.py`"
-        lines.append(
-            f"| {name.replace('_', ' ')} | {row.attention} | {row.heads} / {row.kv_heads} | {row.fusion.replace('|', chr(92) + '|')} | {source} |"
-        )
+        fused = row.fusion.replace("|", "\\|")
+        cells = (name.replace("_", " "), row.attention, f"{row.heads} / {row.kv_heads}", fused, source)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -31,7 +35,9 @@ def main() -> None:
     readme = Path(__file__).parents[1] / "README.md"
     text = readme.read_text(encoding="utf-8")
     table = f"<!-- families -->\n{family_table()}<!-- /families -->"
-    readme.write_text(re.sub(r"<!-- families -->.*<!-- /families -->", lambda _: table, text, flags=re.DOTALL), encoding="utf-8")
+    readme.write_text(
+        re.sub(r"<!-- families -->.*<!-- /families -->", lambda _: table, text, flags=re.DOTALL), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ def new_cache(model: Any, static: bool, two_stacks: bool) -> Any:
 @torch.no_grad()
 def by_chunks(model: Any, name: str, chunks: tuple[int, ...], static: bool) -> tuple[Tensor, Tensor]:
     """Logits of a decoder's sequence in chunks with a cache, and of the whole without one; NaN where the query is padding."""
-    inputs = FAMILIES[name].inputs()
+    inputs = cast(FAMILIES[name].inputs(), model.dtype)
     two_stacks = FAMILIES[name].kind != "decoder"
     ids = inputs.pop("decoder_input_ids") if two_stacks else inputs.pop("input_ids")
     mask = inputs.pop("attention_mask", None)
@@ -536,35 +536,46 @@ STEPS = ((4, 1, 1, 1, 1, 1), (4, 3, 1, 1), (6, 3))
 
 
 def cache_error(model: nn.Module, name: str, static: bool) -> float:
-    """The largest difference between logits with a cache and without."""
+    """The largest difference between logits with a cache and without, as a part of the largest logit."""
     worst = 0.0
     for chunks in STEPS:
         if FAMILIES[name].kind != "decoder":
             chunks = tuple(size for i, size in enumerate(chunks) if sum(chunks[: i + 1]) <= LENGTH - 2)
         found, whole = by_chunks(model, name, chunks, static)
-        worst = max(worst, float((found - whole).abs().max()))
+        worst = max(worst, float((found - whole).abs().max() / whole.abs().max()))
     return worst
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation", "kind"),
-    [
-        (name, i, kind)
-        for kind in ("dynamic", "static")
-        for name, i in CASES
-        if FAMILIES[name].kind != "encoder" and not (kind == "static" and name in NO_STATIC_CACHE)
-    ],
-)
-def test_a_cache_gives_what_the_whole_sequence_gives(name: str, implementation: str, kind: str) -> None:
-    model = fresh(name, implementation)
+DECODING = [(name, i) for name, i in CASES if FAMILIES[name].kind != "encoder"]
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+
+
+def check_cache(name: str, implementation: str, static: bool, dtype: torch.dtype, bound: float) -> None:
+    model = fresh(name, implementation, dtype)
     d_head, d_value = d_of(model)
-    specs = cached_specs(name, d_head, d_value)
+    specs = {"no cuts": Spec(), **cached_specs(name, d_head, d_value)}
     if FAMILIES[name].kind != "decoder":
         specs |= cross_specs(d_value)
-    for number, (what, spec) in enumerate({"no cuts": Spec(), **specs}.items()):
+    for number, (what, spec) in enumerate(specs.items()):
         patch_model(model, spec, kernel=("auto", "auto", "eager")[number % 3])
-        # Other shapes of products add up in other orders; logits are of the order of ten.
-        assert cache_error(model, name, kind == "static") < 1e-4, what
+        assert cache_error(model, name, static) < bound, what
+
+
+@by_case(DECODING)
+def test_a_cache_gives_what_the_whole_sequence_gives(name: str, implementation: str) -> None:
+    # Other shapes of products add up in other orders: some hundred roundings of float32.
+    check_cache(name, implementation, False, torch.float32, 2e-5)
+
+
+@by_case([(name, i) for name, i in DECODING if name not in NO_STATIC_CACHE])
+def test_a_static_cache_gives_what_the_whole_sequence_gives(name: str, implementation: str) -> None:
+    check_cache(name, implementation, True, torch.float32, 2e-5)
+
+
+@by_case([(name, i) for name, i in DECODING if name not in MIXTURES])
+def test_a_cache_in_bfloat16_gives_what_the_whole_sequence_gives(name: str, implementation: str) -> None:
+    # Five roundings of bfloat16, of 0.4 % each. Left out are mixtures of experts, where one rounding may choose another expert.
+    check_cache(name, implementation, False, torch.bfloat16, 2e-2)
 
 
 @by_case([(name, i) for name, i in CASES if name in NO_STATIC_CACHE])
@@ -575,7 +586,7 @@ def test_the_static_caches_that_are_left_out_do_not_work_unpatched(name: str, im
         assert "size" in str(error)
 
 
-@by_case([(name, i) for name, i in CASES if FAMILIES[name].kind != "encoder"])
+@by_case(DECODING)
 def test_generation_with_a_cache_is_generation_without(name: str, implementation: str) -> None:
     family = FAMILIES[name]
     model, inputs = fresh(name, implementation), family.inputs()

@@ -5,39 +5,22 @@ Equality is `torch.equal` unless a tool computes in another order; the reason st
 
 from __future__ import annotations
 
-import copy
-import gc
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from families import FAMILIES, HEADS, LAYERS, LENGTH, VOCAB
+from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
-import surgery.classes
-import surgery.patch
 from surgery import (
     Edit,
     Freeze,
-    NotFiredWarning,
-    PatchError,
     Spec,
-    SpecError,
-    SurgeryError,
-    UnsupportedArchitectureError,
     capture,
-    collect_reference,
     find_anatomy,
-    inspect_model,
     patch_model,
     patched,
     unpatch_model,
@@ -318,6 +301,8 @@ def test_offloaded_models(name: str, cut: str, order: str) -> None:
 def test_dispatched_models(name: str) -> None:
     given = inputs(name)
     model = dispatch_model(build(name), device_map={"": "cpu"}, force_hooks=True)
-    assert torch.equal(logits(patch_model(model, CUTS["pattern"]), given), logits(patch_model(build(name), CUTS["pattern"]), given))
+    assert torch.equal(
+        logits(patch_model(model, CUTS["pattern"]), given), logits(patch_model(build(name), CUTS["pattern"]), given)
+    )
     unpatch_model(model)
     assert torch.equal(logits(model, given), logits(build(name), given))

@@ -468,7 +468,7 @@ def test_a_paged_cache_keeps_to_cuts_that_its_kernel_can_run() -> None:
     refused = (Edit("pattern", "scale", 0.5), Edit("v", "scale", 0.5), Freeze("ov", to="noise"), Freeze("ov", positions=[1]))
     for cut in refused:
         patch_model(model, cut)
-        with pytest.raises(CacheError, match="self_attn.*paged KV cache"):
+        with pytest.raises(CacheError, match=r"self_attn.*paged KV cache"):
             model(tokens(), cache=object())
     with pytest.raises(CacheError, match="every site; expected kernel='auto'"):
         patch_model(model, kernel="eager")(tokens(), cache=object())

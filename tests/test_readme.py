@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from family_table import family_table
+
 from surgery.demo import load_model
 
 README = Path(__file__).parents[1] / "README.md"
@@ -25,7 +26,9 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         exec(compile(block, f"README block {number}", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "self.0" in printed and "point(at, 'scores'" in printed
-    intact, qk, ov = (float(re.search(rf"{name}: ([\d.]+)", printed)[1]) for name in ("intact", "QK of head 3 frozen", "OV of head 3 frozen"))  # type: ignore[index]
+    intact, qk, ov = (
+        float(re.search(rf"{name}: ([\d.]+)", printed)[1]) for name in ("intact", "QK of head 3 frozen", "OV of head 3 frozen")
+    )  # type: ignore[index]
     assert qk > intact + 1 and ov > intact + 1, "the head that the page cuts is the one that matters"
 
 

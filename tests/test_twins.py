@@ -14,9 +14,7 @@ from surgery import Edit, Freeze, Reference, Spec, capture, collect_reference, p
 from surgery.weights import head_weights
 
 GROUP = HEADS // KV_HEADS
-GROUPED = [
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi", "phi3", "gemma2", "gemma3", "gpt_oss", "olmo2", "stablelm"
-]  # fmt: skip
+GROUPED = [name for name, family in FAMILIES.items() if family.options.get("num_key_value_heads") == KV_HEADS]
 
 
 def ungrouped_twin(name: str, implementation: str) -> tuple[Any, Any]:
