@@ -115,9 +115,9 @@ class Anatomy:
 
     @property
     def fingerprint(self) -> str:
-        """What a reference or captured run must share with a model: class, addresses, head counts and widths."""
-        rows = ",".join(f"{a.address}:{a.heads}/{a.kv_heads}x{a.d_head},{a.d_value}" for a in self.attentions)
-        return f"{self.model_class}({rows})"
+        """What a reference or captured run must share with a model: addresses, attention classes, head counts and widths."""
+        rows = ",".join(f"{a.address}:{a.class_name} {a.heads}/{a.kv_heads}x{a.d_head},{a.d_value}" for a in self.attentions)
+        return rows
 
     def matches(self, layers: Any) -> set[str]:
         """The addresses that layer numbers or address patterns select.

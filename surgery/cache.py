@@ -37,8 +37,9 @@ def check_cache(cache: Cache, fingerprint: str, module: nn.Module, path: str) ->
     stamp = getattr(cache, STAMP, "")
     if stamp == fingerprint:
         return
-    # A compiled graph cannot read a tensor's value: there, a cache without our mark is taken for an empty one.
-    filled = 0 if torch.compiler.is_compiling() else cache.get_seq_length(layer_of(module))
+    filled = cache.get_seq_length(layer_of(module))
+    if isinstance(filled, Tensor) and torch.compiler.is_compiling():
+        filled = 0  # a compiled graph cannot read it: a static cache without our mark is taken for an empty one
     if bool(filled > 0):
         raise CacheError(
             describe(
@@ -51,15 +52,29 @@ def check_cache(cache: Cache, fingerprint: str, module: nn.Module, path: str) ->
     setattr(cache, STAMP, fingerprint)
 
 
-def offsets(cache: Cache, module: nn.Module, is_cross: bool) -> tuple[Any, Any]:
-    """Absolute positions of a call's first query and first key, read before the cache takes the call's keys in.
+def is_updated(cache: Cache | None, module: nn.Module) -> bool:
+    """Whether a cross-attention will read its keys and values from the cache, without projecting them again."""
+    return isinstance(cache, EncoderDecoderCache) and bool(cache.is_updated.get(layer_of(module)))
 
-    A sliding cache drops its oldest keys, so its first key is not position 0.
+
+def n_queries(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The number of queries of a forward: the length of its hidden states, (batch, query, d_model)."""
+    states = kwargs.get("hidden_states", args[0] if args else None)
+    return states.shape[1] if isinstance(states, Tensor) else 0
+
+
+def offsets(cache: Cache, module: nn.Module, is_cross: bool, queries: int) -> tuple[Any, Any, Any]:
+    """Where a call is, read before the cache takes its keys in.
+
+    queries: how many the call has. Returns the absolute position of its first query and of its first key, and how many
+    positions will have keys (None for cross-attention). A sliding cache drops its oldest keys, so its first key is not
+    position 0; the decoder's self-attention of a layer has already counted the queries of its cross-attention.
     """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     layer = layer_of(module)
-    queries = own.get_seq_length(layer)
+    first = own.get_seq_length(layer)
     # A static cache counts in place.
-    queries = queries.clone() if isinstance(queries, Tensor) else queries
-    keys = 0 if is_cross else own.get_mask_sizes(1, layer)[1]
-    return queries, keys
+    first = first.clone() if isinstance(first, Tensor) else first
+    if is_cross:
+        return first - queries, 0, None
+    return first, own.get_mask_sizes(1, layer)[1], first + queries

@@ -27,10 +27,12 @@ class Run:
     def __init__(self, anatomy: Anatomy, wanted: Sequence[tuple[str, str, tuple[int, ...] | None]], detach: bool) -> None:
         self._anatomy, self._detach = anatomy, detach
         self._steps: dict[tuple[str, str], list[Tensor]] = {(address, site): [] for address, site, _ in wanted}
+        self._offsets: dict[tuple[str, str], Any] = {}
         self._heads = {(address, site): heads for address, site, heads in wanted}
 
-    def _take(self, key: tuple[str, str], tensor: Tensor) -> None:
+    def _take(self, key: tuple[str, str], tensor: Tensor, offset: Any) -> None:
         self._steps[key].append(tensor.detach() if self._detach else tensor)
+        self._offsets[key] = offset
 
     def __getitem__(self, key: tuple[str | int, str]) -> Tensor:
         """(batch, head, .., ..). Raises NoMatchError if that was not asked for, or has not run."""
@@ -59,8 +61,27 @@ class Run:
         """((address, site), tensor of the last forward)."""
         return ((key, self._steps[key][-1]) for key in self)
 
+    def taken(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """((address, site), tensor) of the last forward, each forgotten once it is handed out."""
+        for key in list(self):
+            yield key, self._steps[key][-1]
+            self._steps[key].clear()
+
     def reference(self) -> Reference:
-        """The last forward's activations as replacement values for another run."""
+        """The last forward's activations as replacement values for another run.
+
+        Raises SpecError if that forward was a step with a KV cache, so that its first position is not the sequence's first.
+        """
+        if late := {f"{a} {s}": int(self._offsets[a, s]) for a, s in self if bool(self._offsets[a, s] > 0)}:
+            where, offset = next(iter(late.items()))
+            raise SpecError(
+                describe(
+                    "Run.reference",
+                    f"{where} captured from position {offset} on, in a step with a KV cache",
+                    "activations of the whole sequence",
+                    "Capture one forward without a cache: model(**inputs, use_cache=False).",
+                )
+            )
         entries = {key: self._entry(key, tensor.detach()) for key, tensor in self.items()}
         return Reference("activation", entries, self._anatomy.fingerprint)
 

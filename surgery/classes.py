@@ -91,7 +91,7 @@ def attention_class(base: Any) -> type[nn.Module]:
             output = base.forward(self, *args, **kwargs)
         else:
             output = type(surgery.view).forward(surgery.view, *args, **kwargs)
-            surgery.require(surgery.expected)
+            surgery.require(surgery.awaited)
         if not torch.compiler.is_compiling():
             surgery.session.leave()
         return output

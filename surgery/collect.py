@@ -70,16 +70,21 @@ def collect_reference(
                 "Capture attention matrices with surgery.capture; their width is not fixed.",
             )
         )
+    if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
+        raise SpecError(
+            describe(
+                "collect_reference", f"data of type {type(data).__name__}", "an iterable of batches", "Pass a list: [batch]."
+            )
+        )
     anatomy = anatomy_of(model, strict)
     state: dict[tuple[str, str], _Moments] = {}
     dtypes: dict[tuple[str, str], torch.dtype] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.no_grad():
+    with torch.no_grad(), capture(model, sites, layers, detach=True, strict=strict) as run:
         for batch in tqdm(data, desc="reference", unit="batch", disable=not progress):
             inputs = _inputs(batch, device)
-            with capture(model, sites, layers, detach=True, strict=strict) as run:
-                model(**inputs)
-            for (address, site), tensor in run.items():
+            model(**inputs)
+            for (address, site), tensor in run.taken():
                 attention = anatomy[address]
                 if site == "v" and tensor.shape[1] < attention.heads:
                     tensor = tensor.repeat_interleave(attention.heads // tensor.shape[1], 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy, Attention
-from surgery.cache import check_cache, find_cache, offsets
+from surgery.cache import check_cache, find_cache, is_updated, n_queries, offsets
 from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
 from surgery.interventions import Heads, Operation, Where
@@ -25,7 +25,9 @@ _PAGED_SITES = frozenset({"q", "k", "rot_q", "z", "result"})
 
 @dataclass
 class Probe:
-    """A request to see a site: `take(tensor)` gets (batch, head, .., ..) of the wanted heads; None for all.
+    """A request to see a site: `take(tensor, offset)` gets (batch, head, .., ..) of the wanted heads; None for all.
+
+    offset: the absolute position of the tensor's first row.
 
     At k and v, None gives one row per kv head (after cuts at v, per query head, for they may differ then), a choice of heads
     what each of these query heads reads.
@@ -33,7 +35,7 @@ class Probe:
 
     site: str
     heads: tuple[int, ...] | None
-    take: Callable[[Tensor], None]
+    take: Callable[[Tensor, Any], None]
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Surgery:
         self.edited_matrix_heads = plan.heads_at(MATRIX_SITES, self.heads, probes=False)
         self.result_heads = plan.heads_at(("result",), self.heads)
         self.edits_kv = bool(plan.of("rot_k") or plan.of("v"))
-        self.needs_position = any(o.needs_position for site in plan.operations.values() for o in site)
+        self.needs_position = bool(plan.probes) or any(o.needs_position for site in plan.operations.values() for o in site)
         own = {site for tap in self.taps.values() for site in tap.sites}
         self.expected = {site for site in plan.sites if SITES[site].where == "core" or site in own}
         self.detach()
@@ -143,6 +145,7 @@ class Surgery:
         self.config_view: Any = None
         self.where = Where()
         self.reached: set[str] = set()
+        self.awaited: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view")
@@ -192,9 +195,11 @@ class Surgery:
             check_cache(cache, self.session.spec.fingerprint(), self.module, self.path)
         if not self.is_idle:
             self.reached = set()
-            self.where = Where()
+            self.awaited = self.expected - {"k"} if self.is_cross and is_updated(cache, self.module) else self.expected
+            self.where = Where(is_cross=self.is_cross)
             if cache is not None and self.needs_position:
-                self.where = Where(*offsets(cache, self.module, self.is_cross), is_cached=True)
+                queries, keys, filled = offsets(cache, self.module, self.is_cross, n_queries(args, kwargs))
+                self.where = Where(queries, keys, None, self.is_cross, filled)
 
     def require(self, sites: Iterable[str]) -> None:
         """After the family's forward: these points must have been reached."""
@@ -220,10 +225,6 @@ class Surgery:
         """
         if kwargs.get("cache") is not None:
             self._check_paged()
-        if self.is_cross and self.needs_position:
-            self.where = self.where.after_self_attention(query.shape[2])
-        elif self.where.is_cached:
-            self.where.filled = self.where.query_offset + query.shape[2]
         if implementation is None or self.plan.reconstruct:
             implementation = self.implementation
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
@@ -260,12 +261,14 @@ class Surgery:
         if site not in self.plan.sites or (only is not None and site not in only):
             return tensor
         self.reached.add(site)
+        if site in ("rot_k", "v") and site in self.plan.probes:
+            tensor = tensor.clone()  # a static cache writes on in what it hands out
         for operation in self.plan.of(site):
             before, tensor = tensor, operation.apply(tensor, self.where, held)
             if self.session.watch is not None:
                 self.session.watch(operation, before, tensor)
         for probe in self.plan.probes.get(site, ()):
-            probe.take(self._seen(site, tensor, probe.heads, held))
+            probe.take(self._seen(site, tensor, probe.heads, held), self.where.offset(site))
         return tensor
 
     def _seen(self, site: str, tensor: Tensor, heads: tuple[int, ...] | None, held: Sequence[int] | None) -> Tensor:
@@ -276,7 +279,9 @@ class Surgery:
                 return tensor[:, :: tensor.shape[1] // self.kv_heads]
             if site in ("k", "v"):
                 return tensor  # after cuts, the heads of a group may differ
-            return tensor.repeat_interleave(groups, 1) if groups > 1 else tensor
+            if groups > 1:
+                return tensor.repeat_interleave(groups, 1)
+            return tensor
         rows = [head // groups if held is None else list(held).index(head) for head in heads]
         return tensor[:, rows]
 

@@ -227,7 +227,7 @@ class Freeze(_Value):
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
         to = data.get("to", "zero")
-        if hasattr(to, "reference") or isinstance(to, Reference | Tensor | Mapping):
+        if callable(getattr(to, "reference", None)) or isinstance(to, Reference | Tensor | Mapping):
             if data.get("reference") is not None:
                 yield describe("reference", "a second one beside to=", "one of them", 'Pass to="activation", reference=run.')
             data["to"], data["reference"] = "activation", to

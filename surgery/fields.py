@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -26,7 +26,9 @@ def _listed(value: Any) -> tuple[Any, ...]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, int | str):
         return (value,)
-    return tuple(value) if isinstance(value, Iterable) else ()
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        return ()
+    return tuple(item.tolist() if hasattr(item, "tolist") else item for item in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -59,6 +61,7 @@ def _check_layers(value: Any) -> Any:
 
 
 def _check_strength(value: Any) -> float:
+    value = value.item() if hasattr(value, "item") else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
         raise ValueError(describe("strength", repr(value), "a number from 0 to 1", "1 replaces entirely, 0 not at all."))
     return float(value)

@@ -14,6 +14,7 @@ from torch import nn
 
 from surgery.anatomy import Attention
 from surgery.classes import SurgicalAttention, describe_cuts
+from surgery.errors import NoMatchError, describe
 from surgery.patch import anatomy_of, session_of
 
 
@@ -51,10 +52,12 @@ class Inspection:
         return len(self.rows)
 
     def __getitem__(self, address: str | int) -> Row:
-        """The row of an address or position in the table. Raises KeyError."""
-        if isinstance(address, int):
-            return self.rows[address]
-        return {row.address: row for row in self.rows}[address]
+        """The row of an address, or by its number in the table. Raises NoMatchError."""
+        for number, row in enumerate(self.rows):
+            if address in (number, *row.address.split(", ")):
+                return row
+        known = ", ".join(row.address for row in self.rows)
+        raise NoMatchError(describe("inspect_model", f"{address!r}", f"one of {known}, or a row number", "Print the table."))
 
     def as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(row) for row in self.rows]

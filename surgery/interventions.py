@@ -25,6 +25,7 @@ from surgery.sites import SITES
 class Where:
     """Where in the sequence a call is. Offsets: absolute position of the first query and of the first key.
 
+    is_cross: keys are of another sequence than queries.
     filled: number of positions that have keys by now, as a static cache has more room than that; None for all.
     allowed: boolean (batch | 1, head | 1, query, key), which keys a query may attend to; None for all, or not known.
     """
@@ -32,16 +33,18 @@ class Where:
     query_offset: Any = 0
     key_offset: Any = 0
     allowed: Tensor | None = None
-    is_cached: bool = False
+    is_cross: bool = False
     filled: Any = None
 
-    def after_self_attention(self, n_queries: int) -> Where:
-        """For cross-attention: the cache's count already holds this call's queries, as self-attention came first."""
-        offset = self.query_offset - n_queries if self.is_cached else 0
-        return Where(offset, self.key_offset, self.allowed, self.is_cached)
-
     def offset(self, site: str) -> Any:
-        return self.key_offset if SITES[site].over_keys else self.query_offset
+        """The absolute position of a site's first row. At a projection, keys are those of this call's own tokens."""
+        if not SITES[site].over_keys:
+            return self.query_offset
+        return self.key_offset if SITES[site].where == "core" or self.is_cross else self.query_offset
+
+    def has_room(self, site: str) -> bool:
+        """Whether a site's rows may be those of a cache that is not full yet."""
+        return self.filled is not None and SITES[site].over_keys and SITES[site].where == "core"
 
 
 class Heads:
@@ -194,6 +197,8 @@ class Operation:
             return self._broadcast(self._rows(self.entry.value), original, where).expand_as(original)
         self._refuse_decoding(where)
         allowed = self._allowed(where)
+        if allowed is None and where.has_room(self.site):
+            allowed = (_positions(original, where.offset(self.site)) < where.filled)[:, None]
         if allowed is None:
             return original.mean(dim=(0, 2), keepdim=True).expand_as(original)
         allowed = allowed.expand_as(original)
@@ -293,7 +298,7 @@ class Operation:
         return pattern.expand_as(original)
 
     def _call(self, original: Tensor) -> Tensor:
-        new = self.edit.action(original)
+        new = self.edit.action(original.clone())  # it may work in place; what it is given may be a view of a cache
         name = getattr(self.edit.action, "__name__", repr(self.edit.action))
 
         def is_like(tensor: Any) -> str:
@@ -329,22 +334,22 @@ class Operation:
         if value.dim() == 2 and not site.is_matrix:
             value = value[:, None, :]
         if value.dim() > 2 or (value.dim() == 2 and site.is_matrix):
-            value = self._along(value, -2, _positions(original, where.offset(self.site)), where, site.over_keys)
+            value = self._along(value, -2, _positions(original, where.offset(self.site)), where, where.has_room(self.site))
         if value.dim() and site.is_matrix:
             keys = torch.arange(original.shape[-1], device=original.device) + where.key_offset
-            value = self._along(value, -1, keys, where, over_keys=True)
+            value = self._along(value, -1, keys, where, where.filled is not None)
         return value
 
-    def _along(self, value: Tensor, dim: int, positions: Tensor, where: Where, over_keys: bool) -> Tensor:
+    def _along(self, value: Tensor, dim: int, positions: Tensor, where: Where, has_room: bool) -> Tensor:
         """The entries of a value for these absolute positions. Raises SpecError if it has none for one that is used."""
         available = value.shape[dim]
-        if available == 1:
-            return value
+        if available == 1 and (self.entry is None or self.entry.value.dim() == 2):
+            return value  # one for all positions
         if not torch.compiler.is_compiling():
             used = positions
             if dim == -2 and self.edit.positions is not None:
                 used = used[torch.isin(used, torch.tensor(self.edit.positions, device=used.device))]
-            if over_keys and where.filled is not None:
+            if has_room:
                 used = used[used < where.filled]
             if used.numel() and int(used.max()) >= available:
                 raise SpecError(
@@ -376,10 +381,15 @@ class _Gradient(torch.autograd.Function):
     A function rather than value + (original - original.detach()), which is NaN where masked scores are infinite.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, original: Tensor, value: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
+    def forward(original: Tensor, value: Tensor, factor: float) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.factor = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

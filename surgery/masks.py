@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from surgery.errors import MaskError, describe
 
+_KNOWN = ("eager", "sdpa", "flex_attention")
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -53,6 +55,15 @@ def to_additive(
     if "flash" in implementation:
         return _from_flash(mask, query, key, bool(causal), kwargs)
     if mask is None:
+        if implementation not in _KNOWN and n_queries > 1 and causal:
+            raise MaskError(
+                describe(
+                    f"{type(module).__name__} with attn_implementation={implementation!r}",
+                    "no mask at a causal attention, under an implementation that is not known",
+                    f"a mask, or one of {', '.join(_KNOWN)}, whose meaning of None is known",
+                    'Load the model with attn_implementation="sdpa" or "eager".',
+                )
+            )
         if implementation == "sdpa" and n_queries > 1 and causal:
             return _from_boolean(_triangle(n_queries, n_keys, 0, query.device)[None, None], query.dtype)
         return Mask(None, None)

@@ -15,6 +15,7 @@ from surgery.anatomy import Anatomy, Attention, find_anatomy
 from surgery.classes import Owned, SurgicalAttention, SurgicalOwner, attach, attach_owner, attention_class, owner_class
 from surgery.core import Plan, Probe, Session, Surgery, sample_arguments
 from surgery.errors import NotFiredWarning, ParityError, PatchError, SpecError, describe, listing
+from surgery.family import find_family
 from surgery.lower import lower, on_meta
 from surgery.rewrite import Rewriter
 from surgery.spec import Freeze, Spec
@@ -92,7 +93,11 @@ def as_spec(spec: Any) -> Spec:
 
 
 def session_of(model: nn.Module) -> Session | None:
-    """What the patched modules of a model share, or None for a model that is not patched."""
+    """What the patched modules of a model share, or None for a model that is not patched. Raises PatchError for a non-model."""
+    if not isinstance(model, nn.Module):
+        raise PatchError(
+            describe("model", f"a {type(model).__name__}", "a torch.nn.Module", "Load it first, with from_pretrained.")
+        )
     for module in model.modules():
         if isinstance(module, SurgicalAttention):
             return module._surgery.session
@@ -103,10 +108,11 @@ def anatomy_of(model: nn.Module, strict: bool = True) -> Anatomy:
     """The anatomy of a model, from its patched modules where it is known already."""
     session = session_of(model)
     known = session.anatomy if session is not None else None
-    if known is not None:
+    if known is not None and not (strict and known.unsupported):
         modules = dict(model.named_modules(remove_duplicate=False))
-        # Paths change when something wraps the model (PEFT, accelerate) after patching.
-        if all(modules.get(path) is attention.module for attention in known for path in attention.paths):
+        paths = {path: attention.module for attention in known for path in attention.paths}
+        # Paths change when something wraps the model (PEFT, accelerate) after patching; layers may have been added.
+        if {path: m for path, m in modules.items() if path in paths or find_family(m) is not None} == paths:
             return known
     return find_anatomy(model, strict)
 
@@ -173,15 +179,15 @@ def _apply(
     problems += [p for attention in anatomy for p in _tap_problems(model, attention, plans[attention.address])]
     if problems:
         raise PatchError(listing("patch_model", problems))
-    if session_of(model) is None:
-        for attention in anatomy:
+    for attention in anatomy:
+        if not isinstance(attention.module, SurgicalAttention):
             verify(attention)
     # Nothing below fails for a reason that lies in the input; an interrupt may still come.
     if session is None:
         planned = frozenset(address for address, plan in plans.items() if plan.sites)
         session = Session(spec, kernel, anatomy, planned, report=_warn_silent)
         spec.fingerprint()  # computed now: a forward, perhaps compiled, only compares it
-    is_new = session_of(model) is None
+    before, old_probes = session_of(model), _probes(model)
     try:
         for module in _patched_modules(model):
             if isinstance(module, SurgicalOwner):
@@ -189,8 +195,11 @@ def _apply(
         for attention in anatomy:
             _swap(model, attention, plans[attention.address], session)
     except BaseException:
-        if is_new:
+        if before is None:
             _restore_all(model)
+        elif before is not session:
+            _sweep(model)
+            _apply(model, before.spec, before.kernel, False, old_probes, before)
         raise
 
 
@@ -201,7 +210,7 @@ def _swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) 
         own_class: Any = type(module)
         _set_class(module, attention_class(own_class))
     surgery: Surgery = module._surgery
-    surgery.session = session
+    surgery.session, surgery.address, surgery.path = session, attention.address, attention.path
     own: dict[str, Tap] = {}
     for site, projection in (("q", "q"), ("k", "k"), ("result", "o")):
         if site not in plan.sites:
@@ -244,6 +253,14 @@ def _restore_all(model: nn.Module) -> None:
         raise PatchError(listing("unpatch_model", problems))
     for module in _patched_modules(model):
         _restore(module)
+    _sweep(model)
+
+
+def _sweep(model: nn.Module) -> None:
+    """Removes what an interrupt between the two steps of a swap left behind."""
+    for module in model.modules():
+        if not isinstance(module, SurgicalAttention | SurgicalOwner):
+            module.__dict__.pop("_surgery", None)
 
 
 def _restore(module: Any) -> None:

@@ -35,6 +35,7 @@ _STRUCTURAL = _names(
     "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
     "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
 )
+_SUMS = _names("add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
 _FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
 _MIXING = _names("linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d __matmul__ __rmatmul__")
 
@@ -79,7 +80,7 @@ class Labelled(Tensor):
                 return Labelled.make(out, _PAIRS[name](args[0].labels))
             if name in _FRESH or name in _MIXING:
                 return Labelled.make(out, torch.full(out.shape, -1))
-        return tree_map(lambda o: _hand_on(o, given), out)
+        return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
 
 
 def _flat(tree: Any) -> list[Any]:
@@ -109,11 +110,13 @@ def _attach(out: Any, labels: Any) -> Any:
     return out
 
 
-def _hand_on(out: Any, given: list[Labelled]) -> Any:
+def _hand_on(out: Any, given: list[Labelled], is_sum: bool) -> Any:
     if isinstance(out, Tensor):
-        for source in given:
-            if source.labels.shape == out.shape:
-                return Labelled.make(out, source.labels)
+        fitting = [source.labels for source in given if source.labels.shape == out.shape]
+        if is_sum and len(fitting) > 1 and bool(((fitting[0] // _BASE) != (fitting[1] // _BASE)).any()):
+            return Labelled.make(out, torch.full(out.shape, -1))  # of two projections: neither alone made it
+        if fitting:
+            return Labelled.make(out, fitting[0])
     return out
 
 
@@ -121,7 +124,8 @@ def _hand_on(out: Any, given: list[Labelled]) -> Any:
 class Recording:
     """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
 
-    projections: names of the projections met, in the order of their owner numbers; z is owner -1 - and so on is private.
+    projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
+    output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     """
 
     family: Family
@@ -257,7 +261,11 @@ def _run(
     module: nn.Module, prefix: str, recording: Recording, family: Family | None, arguments: Mapping[str, Any], given: Any = None
 ) -> Any:
     view = _view(module, prefix, recording, family, given or {})
-    return type(view).forward(view, **arguments)
+    _, device = _type_of(module)
+    devices = [] if device.type in ("cpu", "meta") else [device]
+    # A module in training draws its dropout; the user's random numbers must not move on.
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        return type(view).forward(view, **arguments)
 
 
 def _view(module: nn.Module, prefix: str, recording: Recording, family: Family | None, given: Mapping[str, Any]) -> Any:

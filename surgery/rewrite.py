@@ -113,7 +113,9 @@ def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
     parameters = inspect.signature(function).parameters.values()
     names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-    used = any(i.opname.startswith("LOAD_FAST") and i.argval == rest for i in dis.get_instructions(function))
+    # From Python 3.13 on, one instruction may load two names.
+    loads = [i.argval for i in dis.get_instructions(function) if i.opname.startswith("LOAD_FAST")]
+    used = any(rest in (names if isinstance(names, tuple) else (names,)) for names in loads)
     return names, rest is not None and used
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from surgery.classes import SurgicalAttention
 from surgery.errors import ParityError, PatchError, describe, listing
@@ -81,8 +82,12 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         output = model(**inputs)
-    found = output if isinstance(output, Mapping) else {"output": output}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    found = output if isinstance(output, Mapping) else {f"output {i}": value for i, value in enumerate(tree_leaves(output))}
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        found_type = type(output).__name__
+        raise ParityError(describe("self_test", f"a {found_type} without tensors", "outputs to compare", "Pass other inputs."))
+    return tensors
 
 
 def _operations(model: nn.Module) -> list[Operation]:

@@ -127,6 +127,8 @@ class Spec:
     def save(self, path: str | Path) -> None:
         """Writes `path` (.json, .yaml or .yml) and, if the spec holds tensors, `path` with the suffix .safetensors."""
         path = Path(path)
+        if path.suffix not in (".json", ".yaml", ".yml"):
+            raise SpecError(describe("Spec.save", f"{path.name!r}", "a name ending in .json, .yaml or .yml", "Rename it."))
         text = self.to_yaml() if path.suffix in (".yaml", ".yml") else self.to_json()
         if tensors := self.tensors():
             save_file(

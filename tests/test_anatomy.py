@@ -178,7 +178,7 @@ def test_fingerprints_tell_models_of_other_shapes_apart() -> None:
     )]  # fmt: skip
     assert len(set(names)) == 5
     assert find_anatomy(FAMILIES["llama"].build(seed=5)).fingerprint == names[0]
-    assert names[0] == "LlamaForCausalLM(self.0:4/2x16,16,self.1:4/2x16,16)"
+    assert names[0] == "self.0:LlamaAttention 4/2x16,16,self.1:LlamaAttention 4/2x16,16"
 
 
 # -- addresses ----------------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_the_table_of_a_plain_model() -> None:
     )
     assert (row.projections, row.fusion) == ("q_proj, k_proj, v_proj, o_proj", "q | k | v")
     assert (row.kernel, row.cuts, row.runs) == ("eager", "", None)
-    with pytest.raises(KeyError):
+    with pytest.raises(NoMatchError, match="one of self.0, self.1"):
         table["self.7"]
     assert table.model_class == "LlamaForCausalLM" and table.unsupported == ()
 

@@ -174,7 +174,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], type[SurgeryError], list[str]]] = {
     "reference of another model": (
         lambda m: Freeze("ov", to="mean", layers=[0], reference=of_qwen(m)),
         SpecError,
-        [r"found a reference of Qwen2ForCausalLM\(.*; expected LlamaForCausalLM\(.*Collect it on this model"],
+        [r"found a reference of self\.0:Qwen2Attention.*; expected self\.0:LlamaAttention.*Collect it on this model"],
     ),
     "reference without a spread": (
         lambda m: Freeze("ov", to="noise", layers=[0], reference=torch.zeros(4, HEAD_WIDTH)),

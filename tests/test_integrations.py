@@ -5,22 +5,38 @@ Equality is `torch.equal` unless a tool computes in another order; the reason st
 
 from __future__ import annotations
 
+import gc
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from families import FAMILIES
+from families import FAMILIES, HEADS, LAYERS
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers.pytorch_utils import Conv1D
 
+import surgery.patch
 from surgery import (
     Edit,
     Freeze,
+    NotFiredWarning,
+    PatchError,
     Spec,
+    SpecError,
+    SurgeryError,
+    UnsupportedArchitectureError,
     capture,
+    collect_reference,
     find_anatomy,
+    inspect_model,
     patch_model,
     patched,
     unpatch_model,
@@ -56,7 +72,7 @@ def logits(model: Any, given: dict[str, Tensor], **more: Any) -> Tensor:
 def gradients(model: Any, given: dict[str, Tensor], run: Any = None) -> dict[str, Tensor]:
     """Gradients by parameter; zeros where there is none, for tools differ in which of the two they leave."""
     model.zero_grad()
-    out = (run or model)(**given).logits
+    out = (model if run is None else run)(**given).logits
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -306,3 +322,513 @@ def test_dispatched_models(name: str) -> None:
     )
     unpatch_model(model)
     assert torch.equal(logits(model, given), logits(build(name), given))
+
+
+# -- torch.compile and torch.export -------------------------------------------------------------------------------------------
+
+COMPILED = [
+    (name, implementation, cut)
+    for name, implementation in (("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("bert", "sdpa"), ("t5", "eager"))
+    for cut in CUTS
+    if name == "llama" or cut in ("qk", "several")
+]
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "implementation", "cut"), COMPILED)
+def test_compiled_whole_without_breaks_and_once(dynamo: None, name: str, implementation: str, cut: str) -> None:
+    model, given = patch_model(build(name, implementation), CUTS[cut]), inputs(name)
+    expected = logits(model, given)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(logits(compiled, given), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(logits(compiled, given), expected)
+        more = inputs(name, seed=1)
+        assert torch.equal(logits(compiled, more), logits(model, more))
+    assert counters["graph_break"] == {} and counters["stats"]["unique_graphs"] == 1
+    assert surgery.patch.session_of(model) is surgery.patch.session_of(compiled)
+
+
+# Every kind of replacement in one cut, or where it acts otherwise.
+TRACED = {
+    "noise": Freeze("both", to="noise", heads=[1]),
+    "mean": Freeze("both", to="mean", heads=[1], strength=0.5),
+    "positions": Freeze("ov", positions=[2, 3], heads=[0, 3]),
+    "template": Edit("pattern", "previous", heads=[1, 2]),
+    "steering": Edit("z", "add", torch.linspace(0, 1, 16), heads=[1]),
+    "callable": Edit("scores", lambda scores: scores * 0.5, heads=[1]),
+    "ste": Freeze("both", to="resample", heads=[1], backward="ste"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, while it first compiles
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, at our autograd function
+@pytest.mark.parametrize("cut", TRACED)
+def test_compiled_forward_and_backward(dynamo: None, cut: str) -> None:
+    model, given = patch_model(build("llama"), TRACED[cut]), inputs("llama")
+    expected = gradients(model, given)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # Sums in the order of the traced graph.
+    assert_close(gradients(model, given, compiled), expected)
+    assert torch.allclose(logits(compiled, given), logits(model, given), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_compiled_by_inductor(dynamo: None) -> None:
+    model, given = build("llama"), inputs("llama")
+    patch_model(model, Spec([Freeze("ov", layers=[0], heads=[1]), Edit("pattern", "scale", 0.5, layers=[1], heads=[2])]))
+    compiled = torch.compile(model, fullgraph=True)
+    # Fused kernels round differently.
+    assert torch.allclose(logits(compiled, given), logits(model, given), atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_model_follows_what_is_patched_later(dynamo: None) -> None:
+    model, given = build("llama"), inputs("llama")
+    plain = logits(model, given)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(logits(compiled, given), plain)
+    for cut in ("none", "several", "z", "pattern", "several"):
+        patch_model(model, CUTS[cut])
+        found = logits(compiled, given)
+        assert torch.equal(found, logits(model, given))
+        assert torch.equal(found, plain) == (cut == "none")
+    patch_model(compiled, CUTS["z"], kernel="eager")
+    assert torch.equal(logits(compiled, given), logits(model, given))
+    with capture(compiled, ["pattern", "z"], layers=[1], heads=[0]) as run:
+        logits(compiled, given)
+        logits(compiled, given)
+    assert len(run.steps(1, "z")) == 2 and torch.equal(*run.steps(1, "pattern"))
+    unpatch_model(compiled)
+    assert torch.equal(logits(compiled, given), plain)
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize(
+    ("name", "cut"), [(n, c) for n in NAMES for c in CUTS if n in ("llama", "bert") or c in ("qk", "several")]
+)
+def test_exported_models(dynamo: None, name: str, cut: str, strict: bool) -> None:
+    if strict and (name == "t5" or cut not in ("none", "several", "pattern")):
+        pytest.skip("the same path; strict export takes seconds")
+    model, given = patch_model(build(name), CUTS[cut]), inputs(name)
+    more: dict[str, Any] = {} if name == "bert" else {"use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {**given, **more}, strict=strict)
+    other = inputs(name, seed=1)
+    assert torch.equal(logits(program.module(), other, **more), logits(model, other, **more))
+    # The cut lives in the graph: it stays when the model's own goes.
+    expected = logits(model, given, **more)
+    unpatch_model(model)
+    assert torch.equal(logits(program.module(), given, **more), expected)
+    assert torch.equal(logits(model, given, **more), expected) == (cut == "none")
+
+
+# -- what belongs to the user stays -------------------------------------------------------------------------------------------
+
+
+@by_cut
+@by_family
+def test_user_hooks_fire_as_before(name: str, cut: str) -> None:
+    model, given = build(name), inputs(name)
+    calls: dict[str, int] = {}
+
+    def count(key: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: calls.__setitem__(key, calls.get(key, 0) + 1)
+
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_hook(count(f"{path} after")))
+        handles.append(module.register_forward_pre_hook(count(f"{path} before")))
+        if isinstance(module, nn.Linear | nn.LayerNorm | Conv1D):
+            handles.append(module.register_full_backward_hook(count(f"{path} backward")))
+
+    def run() -> dict[str, int]:
+        calls.clear()
+        gradients(model, given)
+        return dict(calls)
+
+    before = run()
+    calls.clear()
+    patch_model(model, CUTS[cut])
+    assert not calls, "patching runs no forward that a user's hook would see"
+    found = run()
+    if cut in ("none", "z", "several"):
+        assert found == before
+    assert {k: n for k, n in found.items() if "backward" not in k} == {k: n for k, n in before.items() if "backward" not in k}
+    unpatch_model(model)
+    assert run() == before
+    for handle in handles:
+        handle.remove()
+    assert run() == {}
+
+
+def test_user_hooks_may_change_what_flows() -> None:
+    given = inputs("llama")
+    results = []
+    for patch_first in (True, False):
+        model = build("llama")
+        if patch_first:
+            patch_model(model, CUTS["z"])
+        first(model).q_proj.register_forward_hook(lambda module, args, output: output * 0.5)
+        first(model).register_forward_hook(lambda module, args, output: (output[0] + 1.0, *output[1:]))
+        first(model).register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "hidden_states": kwargs["hidden_states"] * 2}), with_kwargs=True
+        )
+        results.append(logits(patch_model(model, CUTS["z"]), given))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], logits(patch_model(build("llama"), CUTS["z"]), given))
+
+
+def test_hooks_on_an_adapted_output_projection_fire_once_beside_a_result_cut() -> None:
+    model, given = lora("llama", build("llama")), inputs("llama")
+    calls: list[int] = []
+    first(model).o_proj.register_forward_hook(lambda *_: calls.append(1))
+    patch_model(model, Edit("result", "scale", 0.5, heads=[0, 2, 3]))
+    logits(model, given)
+    assert len(calls) == 1
+
+
+@by_cut
+@by_family
+def test_the_rest_of_the_model_stays(name: str, cut: str) -> None:
+    model = build(name).train()
+    model.config.use_cache = False
+    some = list(model.parameters())[3]
+    some.requires_grad_(False)
+    list(model.modules())[5].eval()
+
+    def state() -> Any:
+        return (
+            [(n, id(p), p.requires_grad, p.data_ptr()) for n, p in model.named_parameters(remove_duplicate=False)],
+            [(n, id(b)) for n, b in model.named_buffers()],
+            [(n, m.training) for n, m in model.named_modules()],
+            model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+            model.config.to_json_string(use_diff=False),
+            model.config._attn_implementation,
+            model.generation_config.to_json_string() if model.can_generate() else "",
+            model.dtype,
+            torch.get_rng_state().tolist(),
+        )
+
+    before = state()
+    patch_model(model, CUTS[cut])
+    assert state() == before
+    patch_model(model, CUTS["several"], kernel="eager")
+    assert state() == before
+    with capture(model, "z", strict=False):
+        assert state() == before
+    unpatch_model(model)
+    assert state() == before
+
+
+@by_family
+def test_the_live_config_decides(name: str) -> None:
+    """A user who changes the model's implementation after patching gets that one."""
+    given = inputs(name)
+    for cut in ("none", "z", "pattern"):
+        model = patch_model(build(name, "sdpa"), CUTS[cut])
+        model.set_attn_implementation("eager")
+        eager = patch_model(build(name, "eager"), CUTS[cut])
+        assert torch.equal(logits(model, given), logits(eager, given))
+        with torch.no_grad():
+            output = model(**given, output_attentions=True)
+        assert next(x for name, x in output.items() if "attentions" in name)[0].shape[1] == HEADS
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(logits(model, given), logits(patch_model(build(name, "sdpa"), CUTS[cut]), given))
+        assert "sdpa" in str(inspect_model(model)) and "attention_surgery" not in str(inspect_model(model))
+
+
+@by_family
+def test_moving_a_model_moves_its_cuts(name: str) -> None:
+    given = inputs(name)
+    means = collect_reference(build(name), [given], progress=False)
+    cut = Spec([Freeze("ov", heads=[1, 2], to="mean", reference=means), Edit("rot_q", "add", torch.full((1,), 0.5), heads=[0])])
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        late = patch_model(build(name), cut).to(dtype)
+        early = patch_model(build(name).to(dtype), cut)
+        found = logits(late, given)
+        assert found.dtype == dtype and torch.equal(found, logits(early, given))
+        assert not torch.equal(found, logits(unpatch_model(late), given))
+    assert logits(patch_model(build(name), cut).half().float(), given).dtype == torch.float32
+
+
+@by_cut
+@by_family
+def test_saving_a_patched_model_saves_the_plain_one(name: str, cut: str, tmp_path: Path) -> None:
+    model, given = build(name), inputs(name)
+    plain = logits(model, given)
+    patch_model(model, CUTS[cut]).save_pretrained(tmp_path / "patched")
+    patched_logits = logits(model, given)
+    unpatch_model(model).save_pretrained(tmp_path / "plain")
+    for one in (tmp_path / "plain").iterdir():
+        other = tmp_path / "patched" / one.name
+        assert other.read_bytes() == one.read_bytes(), one.name
+        assert b"attention_surgery" not in one.read_bytes()
+    assert len(list((tmp_path / "plain").iterdir())) == len(list((tmp_path / "patched").iterdir()))
+    loaded = type(model).from_pretrained(tmp_path / "patched", attn_implementation="sdpa")
+    assert torch.equal(logits(loaded, given), plain)
+    assert torch.equal(logits(patch_model(loaded, CUTS[cut]), given), patched_logits)
+
+
+# -- several models -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_models_of_one_class_are_cut_apart() -> None:
+    given = inputs("llama")
+    one, two, three = build("llama"), build("llama"), build("llama", "eager")
+    expected = {c: logits(patch_model(build("llama"), CUTS[c]), given) for c in ("z", "several")}
+    plain, plain_eager = logits(one, given), logits(three, given)
+    patch_model(one, CUTS["z"])
+    patch_model(two, CUTS["several"])
+    assert type(first(one)) is type(first(two)) is not type(first(three))
+    assert torch.equal(logits(one, given), expected["z"])
+    assert torch.equal(logits(two, given), expected["several"])
+    assert torch.equal(logits(three, given), plain_eager)
+    unpatch_model(one)
+    assert torch.equal(logits(one, given), plain)
+    assert torch.equal(logits(two, given), expected["several"])
+
+
+def test_threads_may_patch_different_models_at_once() -> None:
+    given = inputs("llama")
+    expected = {c: logits(patch_model(build("llama"), CUTS[c]), given) for c in CUTS}
+    failures: list[str] = []
+
+    def work(cut: str, model: Any) -> None:
+        try:
+            for _ in range(8):
+                with patched(model, CUTS[cut]):
+                    if not torch.equal(logits(model, given), expected[cut]):
+                        failures.append(cut)
+                if not torch.equal(logits(model, given), expected["none"]):
+                    failures.append(f"{cut} undone")
+        except Exception as error:
+            failures.append(f"{cut}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(cut, build("llama"))) for cut in CUTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_many_cycles_leave_nothing_behind() -> None:
+    model, given = build("bert"), inputs("bert")
+
+    def cycle() -> None:
+        patch_model(model, CUTS["several"])
+        logits(model, given)
+        unpatch_model(model)
+
+    def count() -> tuple[int, int, list[int]]:
+        gc.collect()
+        return len(gc.get_objects()), len(all_subclasses(nn.Module)), [len(m.__dict__) for m in model.modules()]
+
+    for _ in range(3):
+        cycle()
+    before = count()
+    for _ in range(200):
+        cycle()
+    after = count()
+    assert after[1:] == before[1:]
+    assert after[0] - before[0] < 200, "less than one object per cycle"
+
+
+def all_subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(all_subclasses(c) for c in cls.__subclasses__()))
+
+
+# -- every edit fires ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_forward_around_the_core_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = patch_model(build("llama"), CUTS["z"]), inputs("llama")
+    own = type(first(model))._surgery_base
+    monkeypatch.setattr(own, "forward", lambda self, hidden_states, **kwargs: (hidden_states, None))
+    with pytest.raises(SurgeryError, match=r"'model.layers.0.self_attn': found a forward that never came to z; expected every"):
+        logits(model, given)
+    patch_model(model, CUTS["none"])
+    logits(model, given)
+
+
+def test_an_output_block_around_its_projection_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = build("bert"), inputs("bert")
+    block = model.bert.encoder.layer[0].attention.output
+    own = type(block)
+    patch_model(model, Edit("result", "scale", 0.5, layers=[0]))
+    monkeypatch.setattr(own, "forward", lambda self, hidden_states, input_tensor: input_tensor)
+    with pytest.raises(SurgeryError, match=r"never came to result; expected every"):
+        logits(model, given)
+
+
+@by_cut
+def test_cross_attention_without_a_source_is_reported(cut: str) -> None:
+    config = transformers.GPT2Config(**FAMILIES["gpt2"].options, add_cross_attention=True)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    given = inputs("gpt2")
+    addresses = {a.address for a in find_anatomy(model)}
+    assert addresses == {"self.0", "self.1", "cross.0", "cross.1"}
+    spec = Spec([Freeze("ov", layers=["cross.1"]), Freeze("qk", layers=[0])])
+    with pytest.warns(NotFiredWarning, match=r"never ran the attention at cross.1") as caught, patched(model, spec):
+        logits(model, given)
+    assert len(caught) == 1
+    patch_model(model, spec)
+    logits(model, given)
+    with pytest.warns(NotFiredWarning, match=r"never ran the attention at cross.1"):
+        logits(model, given)
+    logits(model, given)  # told once
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(model, spec)
+        for _ in range(3):
+            logits(model, given, encoder_hidden_states=torch.ones(2, 4, 32))
+        unpatch_model(model)
+
+
+# -- shared modules -----------------------------------------------------------------------------------------------------------
+
+
+def shared_model() -> Any:
+    model = build("llama")
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    return model
+
+
+def test_a_shared_module_is_cut_for_all_its_layers_or_not_at_all() -> None:
+    model, given = shared_model(), inputs("llama")
+    # Layers that share a module share its place in the KV cache as well.
+    plain = logits(model, given, use_cache=False)
+    for layers in ([0], [1], ["self.1"]):
+        with pytest.raises(SpecError, match=r"a module 'model.layers.0.self_attn' that the layers self.0, self.1 share"):
+            patch_model(model, Freeze("ov", layers=layers, heads=[1]))
+        assert not any(isinstance(m, SurgicalAttention) for m in model.modules())
+    twin = build("llama")
+    twin.model.layers[1].self_attn.load_state_dict(twin.model.layers[0].self_attn.state_dict())
+    assert torch.equal(logits(twin, given, use_cache=False), plain)
+    for cut in (Freeze("ov", heads=[1]), Freeze("both", layers=[0, 1], heads=[2]), Edit("pattern", "scale", 0.5, layers=["*"])):
+        found = logits(patch_model(model, cut), given, use_cache=False)
+        assert torch.equal(found, logits(patch_model(twin, cut), given, use_cache=False))
+        assert not torch.equal(found, plain)
+    with capture(model, "z", layers=["self.0"]) as run:
+        logits(model, given, use_cache=False)
+    assert len(run.steps("self.0", "z")) == LAYERS
+    unpatch_model(model)
+    assert torch.equal(logits(model, given, use_cache=False), plain)
+
+
+# -- refusals and failures ----------------------------------------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    return [(type(m), list(m.__dict__), m.__dict__.get("forward"), m.__dict__.get("_old_forward")) for m in model.modules()]
+
+
+@by_family
+def test_a_replaced_forward_is_refused(name: str) -> None:
+    model, given = build(name), inputs(name)
+    attention = find_anatomy(model).attentions[0]
+    module: Any = attention.module
+    own = module.forward
+    module.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    before, plain = snapshot(model), logits(model, given)
+    with pytest.raises(PatchError, match=rf"'{attention.path}' .*a forward that something else set on the module .*lambda"):
+        patch_model(model, CUTS["z"])
+    assert snapshot(model) == before and torch.equal(logits(model, given), plain)
+    # Also beneath accelerate's hook, and on the block that holds the output projection.
+    add_hook_to_module(module, Counting())
+    with pytest.raises(PatchError, match="something else set"):
+        patch_model(model, CUTS["z"])
+    remove_hook_from_module(module)
+    del module.forward
+    owner = model.get_submodule(attention.projections["o"].owner)
+    if owner is not module:
+        own_output = owner.forward
+        owner.forward = lambda *args: own_output(*args)
+        patch_model(model, CUTS["z"])
+        with pytest.raises(PatchError, match="something else set"):
+            patch_model(model, Edit("result", "scale", 0.5, layers=[attention.address]))
+        del owner.forward
+    patch_model(model, CUTS["z"])
+
+
+class Inline(nn.Module):
+    """An attention that nothing describes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        scores = self.q(hidden_states) @ self.k(hidden_states).transpose(-1, -2)
+        return torch.softmax(scores, dim=-1) @ self.v(hidden_states), None
+
+
+def test_an_unknown_attention_is_listed_and_never_skipped_in_silence() -> None:
+    model, given = build("llama"), inputs("llama")
+    torch.manual_seed(0)
+    model.model.layers[0].self_attn = Inline(32)
+    model.encoder = nn.MultiheadAttention(8, 2)
+    before, plain = snapshot(model), logits(model, given)
+    with pytest.raises(UnsupportedArchitectureError) as error:
+        patch_model(model, CUTS["none"])
+    for part in ("2 problems", "'model.layers.0.self_attn' (Inline)", "'encoder' (MultiheadAttention)", "strict=False"):
+        assert part in str(error.value)
+    assert snapshot(model) == before
+    with pytest.warns(UserWarning, match=r"leaves as they are: 2 problems(.|\n)*Inline"):
+        patch_model(model, Freeze("ov", heads=[1]), strict=False)
+    assert type(model.model.layers[0].self_attn) is Inline and isinstance(model.model.layers[1].self_attn, SurgicalAttention)
+    assert not torch.equal(logits(model, given), plain)
+    unpatch_model(model)
+    assert snapshot(model) == before and torch.equal(logits(model, given), plain)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("halfway"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("place", ["attach", "_set_class", "owner_class", "verify", "lower"])
+def test_a_failure_halfway_leaves_the_model_as_it_was(
+    place: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = build("bert"), inputs("bert")
+    add_hook_to_module(first(model), Counting())
+    plain = logits(model, given)
+    own = getattr(surgery.patch, place)
+    spec = Spec([Edit("result", "scale", 0.5), Freeze("ov", heads=[1])])
+
+    def fail_at(call: int, *expected: Any) -> None:
+        left = [call]
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise error
+            return own(*args, **kwargs)
+
+        before, spec_before = snapshot(model), surgery.patch.session_of(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(surgery.patch, place, failing)
+            with pytest.raises(type(error)):
+                patch_model(model, spec)
+        assert left[0] <= 0, "the failure must come"
+        assert snapshot(model) == before
+        assert surgery.patch.session_of(model) is spec_before
+        assert torch.equal(logits(model, given), expected[0])
+
+    for call in (1,) if place == "lower" else (1, 2):
+        fail_at(call, plain)
+    if place in ("verify",):
+        return
+    # The same on a model that was patched already: it keeps its cuts.
+    patch_model(model, CUTS["qk"])
+    cut = logits(model, given)
+    for call in (1,) if place in ("lower", "owner_class", "_set_class") else (1, 2):
+        fail_at(call, cut)
+    unpatch_model(model)
+    assert torch.equal(logits(model, given), plain)
