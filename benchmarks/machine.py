@@ -15,7 +15,7 @@ PACKAGES = ("attention-surgery", "torch", "transformers")
 
 
 def describe(device: str) -> dict[str, Any]:
-    """JSON-ready. load: the 1-minute load average when this is called, to judge how quiet the machine was."""
+    """JSON-ready, and the same for a later run on the same day."""
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
@@ -26,7 +26,6 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "load": round(os.getloadavg()[0], 2),
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -7,6 +7,7 @@ they compute what they should. The first row times the unpatched model against i
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -190,17 +191,30 @@ def check_cut(what: str, model: Any, spec: Spec, ids: Tensor, uncut: Tensor) -> 
         raise RuntimeError(f"{what}: the kernels differ by {(found - reference).abs().max():.3g}")
 
 
-def run(s: Settings, parts: list[str]) -> dict[str, Any]:
-    """Everything that README's table is made of."""
-    before = machine.describe(s.device)
-    rows: list[Row] = []
+def run(s: Settings, parts: list[str], path: Path | None) -> dict[str, Any]:
+    """Measures parts and, row by row, writes what README's tables are made of to `path`.
+
+    Rows of other parts that are there already stay, if they were taken on the same machine at the same settings.
+    """
+    found = {"benchmark": "overhead", "machine": machine.describe(s.device), "settings": asdict(s), "load": {}, "rows": []}
+    found = json.loads(json.dumps(found))  # as it is read back
+    if path is not None and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if all(before[name] == found[name] for name in ("machine", "settings")):
+            found |= {"load": before["load"], "rows": [row for row in before["rows"] if row["part"] not in parts]}
     with torch.no_grad():
         for part in parts:
-            for found in PARTS[part](s):
-                print(f"{part}: {found['what']}: {found['value']:.3f}", flush=True)
-                rows.append(found)
-    before["load_after"] = round(os.getloadavg()[0], 2)
-    return {"benchmark": "overhead", "machine": before, "settings": asdict(s), "rows": rows}
+            load = os.getloadavg()[0]
+            for new in PARTS[part](s):
+                print(f"{part}: {new['what']}: {new['value']:.3f}", flush=True)
+                found["rows"] = sorted([*found["rows"], {"part": part, **new}], key=lambda row: list(PARTS).index(row["part"]))
+                if path is not None:
+                    results.save(path, found)
+            # How busy the machine was: a part without an entry was interrupted.
+            found["load"][part] = [round(load, 2), round(os.getloadavg()[0], 2)]
+            if path is not None:
+                results.save(path, found)
+    return found
 
 
 def main() -> None:
@@ -216,11 +230,9 @@ def main() -> None:
     sizes = asdict(QUICK if given.quick else Settings())
     sizes |= {"device": given.device, "threads": given.threads, "seed": given.seed, "rounds": given.rounds or sizes["rounds"]}
     torch.set_num_threads(given.threads)
-    found = run(Settings(**sizes), given.parts)
+    found = run(Settings(**sizes), given.parts, given.json)
     results.show(found["rows"])
     print(machine.sentence(found["machine"]))
-    if given.json:
-        results.save(given.json, found)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.cuts import TEMPLATES, TRANSFORMING, Edit
+from surgery.cuts import TRANSFORMING, Edit
 from surgery.errors import CacheError, SpecError, describe
 from surgery.noise import gaussian
 from surgery.reference import Entry
@@ -154,8 +154,6 @@ class Operation:
         # A pattern to zero is zero also in rows where everything is masked: then it is the same as z = 0.
         everywhere = callable(self.edit.action) or (self.edit.action == "zero" and self.site == "pattern")
         if allowed is not None and not everywhere:
-            if self.edit.action in TEMPLATES:
-                allowed = allowed.any(dim=-1, keepdim=True)  # a row without any allowed key stays as the kernel left it
             keep = allowed if keep is None else keep & allowed
         return keep
 

@@ -151,6 +151,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def _probes(model: nn.Module) -> dict[str, Sequence[Probe]]:
+    if session_of(model) is None:
+        return {}
     surgeries = [m._surgery for m in model.modules() if isinstance(m, SurgicalAttention)]
     return {s.address: [p for site in s.plan.probes.values() for p in site] for s in surgeries}
 

@@ -203,10 +203,7 @@ def cut_by_hand(edit: dict[str, Any], address: str, rank: int, head: int) -> Cut
                 keep[:, position] = False
         everywhere = callable(action) or (site == "pattern" and action == "zero")
         if allowed is not None and not everywhere:
-            if action in ("uniform", "diagonal", "previous", "first"):
-                keep &= allowed.any(dim=-1, keepdim=True)
-            else:
-                keep &= allowed
+            keep &= allowed
         new = torch.where(keep, new, old)
         if edit["backward"] == "ste":
             new = new.detach() + (old - old.detach())

@@ -451,7 +451,7 @@ def test_the_table_of_a_plain_model() -> None:
     )
     assert (row.projections, row.fusion) == ("q_proj, k_proj, v_proj, o_proj", "q | k | v")
     assert (row.kernel, row.cuts, row.runs) == ("eager", "", None)
-    with pytest.raises(NoMatchError, match="one of self.0, self.1"):
+    with pytest.raises(NoMatchError, match=r"one of self\.0, self\.1"):
         table["self.7"]
     assert table.model_class == "LlamaForCausalLM" and table.unsupported == ()
 

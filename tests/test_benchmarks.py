@@ -225,7 +225,27 @@ def test_committed_results_have_the_stated_sizes() -> None:
         sizes = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
         assert found["settings"]["rounds"] >= 20
         assert {**found["settings"], "rounds": 20} == sizes
-        assert {row["group"] for row in found["rows"]}
+        assert {row["part"] for row in found["rows"]} <= set(overhead.PARTS)
+
+
+def test_parts_are_measured_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, values = tmp_path / "overhead-cpu.json", iter(range(1, 100))
+
+    def part(s: overhead.Settings) -> Iterator[results.Row]:
+        yield results.row("group", "what", {"value": float(next(values)), "low": 0.0, "high": 9.0})
+
+    monkeypatch.setattr(overhead, "PARTS", {"one": part, "two": part})
+
+    def after(*parts: str, settings: overhead.Settings = TOY) -> list[tuple[str, float]]:
+        overhead.run(settings, list(parts), path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert set(found["load"]) == {row["part"] for row in found["rows"]}
+        return [(row["part"], row["value"]) for row in found["rows"]]
+
+    assert after("two") == [("two", 1.0)]
+    assert after("one") == [("one", 2.0), ("two", 1.0)]
+    assert after("two") == [("one", 2.0), ("two", 3.0)]
+    assert after("one", settings=replace(TOY, rounds=3)) == [("one", 4.0)]
 
 
 def test_results_on_the_terminal(rows: list[results.Row], capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import D_MODEL, DECODERS, FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH
 from torch import Tensor, nn
+from transformers import StaticCache
 
 from surgery import (
     Edit,
@@ -319,6 +320,40 @@ def test_steps_of_a_generation(name: str, implementation: str) -> None:
     whole = seen(model, {"input_ids": tokens[:, :-1], "attention_mask": mask}, "z", [1])[1, "z"]
     # Step by step and at once: other sums, the same numbers. The first row's padding is the kernel's own.
     torch.testing.assert_close(torch.cat(z, dim=2)[1], whole[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_what_was_seen_is_not_written_over(implementation: str) -> None:
+    """A static cache hands out its own memory: what was captured of one step must outlive the next."""
+    model, inputs = built("llama", implementation), FAMILIES["llama"].inputs(padding=0)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with capture(model, ["rot_k", "v"], [1]) as dynamic:
+        tokens = model.generate(**inputs, **options)
+    with capture(model, ["rot_k", "v"], [1]) as static:
+        cache = StaticCache(config=model.config, max_cache_len=LENGTH + 3)
+        assert torch.equal(model.generate(**inputs, past_key_values=cache, **options), tokens)
+    for site in ("rot_k", "v"):
+        for one, other in zip(static.steps(1, site), dynamic.steps(1, site), strict=True):
+            filled = other.shape[2]
+            # Attention over a longer row of keys sums in another order.
+            torch.testing.assert_close(one[:, :, :filled], other, rtol=1e-4, atol=1e-5)
+            assert not one[:, :, filled:].any(), "the rest was empty then"
+
+
+def test_a_step_with_a_cache_is_no_reference() -> None:
+    model, inputs = built("llama"), FAMILIES["llama"].inputs()
+    with capture(model, "z") as run:
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    pattern = (
+        r"Run\.reference: found self\.0 z captured from position 9 on, in a step with a KV cache; expected .*use_cache=False"
+    )
+    with pytest.raises(SpecError, match=pattern):
+        run.reference()
+    with pytest.raises(SpecError, match=pattern):
+        Freeze("ov", to=run)
+    with capture(model, "z") as run:
+        logits(model, inputs)
+    assert len(run.reference()) == LAYERS
 
 
 def test_a_site_named_twice_is_seen_once() -> None:

@@ -367,6 +367,12 @@ def test_no_data(data: Any) -> None:
         collected(built("llama"), data)
 
 
+@pytest.mark.parametrize("data", [torch.zeros(1, 3), {"input_ids": torch.zeros(1, 3)}, 3], ids=["tensor", "mapping", "number"])
+def test_one_batch_is_no_data_set(data: Any) -> None:
+    with pytest.raises(SpecError, match=r"found data of type (Tensor|dict|int); expected an iterable of batches\. Pass a list"):
+        collected(built("llama"), data)
+
+
 @pytest.mark.parametrize("sites", ["pattern", ["z", "scores"], ["scores", "pattern"]], ids=str)
 def test_matrices_have_no_mean(sites: Any) -> None:
     with pytest.raises(

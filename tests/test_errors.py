@@ -723,6 +723,16 @@ def test_a_model_without_attention() -> None:
     assert unpatch_model(model) is model
 
 
+@pytest.mark.parametrize("thing", ["gpt2", None, {"model": 1}], ids=str)
+def test_what_is_no_model(thing: Any) -> None:
+    for call in (patch_model, unpatch_model, inspect_model, self_test, lambda x: patched(x).__enter__()):
+        with pytest.raises(
+            PatchError, match=r"model: found a (str|NoneType|dict); expected a torch\.nn\.Module\. Load it"
+        ) as caught:
+            call(thing)
+        check_message(str(caught.value))
+
+
 def test_unpatching_what_is_not_patched_does_nothing(llama: Any) -> None:
     with untouched(llama, FAMILIES["llama"].inputs()):
         assert unpatch_model(llama) is llama

@@ -17,10 +17,11 @@ import torch
 import transformers
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from families import FAMILIES, HEADS, LAYERS
+from families import FAMILIES, HEADS, LAYERS, LENGTH, VOCAB
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import surgery.patch
@@ -152,7 +153,7 @@ def lora(name: str, model: Any) -> Any:
 
 pytestmark = pytest.mark.filterwarnings(
     # Older names that PEFT uses, and that we use because transformers 5.17 has no other.
-    "ignore:`(gradient_checkpointing_|is_gradient_checkpointing):FutureWarning",
+    "ignore:`(gradient_checkpointing|is_gradient_checkpointing):FutureWarning",
 )
 
 
@@ -330,7 +331,7 @@ COMPILED = [
     (name, implementation, cut)
     for name, implementation in (("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("bert", "sdpa"), ("t5", "eager"))
     for cut in CUTS
-    if name == "llama" or cut in ("qk", "several")
+    if (name == "llama" and implementation == "sdpa") or cut == "several" or (name == "gpt2" and cut == "qk")
 ]
 
 
@@ -356,28 +357,47 @@ def test_compiled_whole_without_breaks_and_once(dynamo: None, name: str, impleme
     assert surgery.patch.session_of(model) is surgery.patch.session_of(compiled)
 
 
-# Every kind of replacement in one cut, or where it acts otherwise.
+# Every kind of replacement.
 TRACED = {
-    "noise": Freeze("both", to="noise", heads=[1]),
-    "mean": Freeze("both", to="mean", heads=[1], strength=0.5),
-    "positions": Freeze("ov", positions=[2, 3], heads=[0, 3]),
-    "template": Edit("pattern", "previous", heads=[1, 2]),
-    "steering": Edit("z", "add", torch.linspace(0, 1, 16), heads=[1]),
-    "callable": Edit("scores", lambda scores: scores * 0.5, heads=[1]),
-    "ste": Freeze("both", to="resample", heads=[1], backward="ste"),
+    "positions": [
+        Freeze("both", to="noise", heads=[1]),
+        Freeze("ov", positions=[2, 3], heads=[0, 3]),
+        Edit("pattern", "previous", heads=[2], layers=[1]),
+        Edit("z", "add", torch.linspace(0, 1, 16), heads=[1]),
+    ],
+    "batch": [
+        Freeze("both", to="mean", heads=[1], strength=0.5),
+        Freeze("qk", to="resample", heads=[0]),
+        Edit("scores", lambda scores: scores * 0.5, heads=[1, 3]),
+    ],
+    "ste": [Freeze("both", heads=[1], backward="ste"), Freeze("ov", heads=[0], to="identity", strength=0.5)],
 }
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, while it first compiles
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, at our autograd function
-@pytest.mark.parametrize("cut", TRACED)
-def test_compiled_forward_and_backward(dynamo: None, cut: str) -> None:
-    model, given = patch_model(build("llama"), TRACED[cut]), inputs("llama")
+@pytest.mark.parametrize("cuts", TRACED)
+def test_compiled_forward_and_backward(dynamo: None, cuts: str) -> None:
+    model, given = patch_model(build("llama"), TRACED[cuts]), inputs("llama")
     expected = gradients(model, given)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     # Sums in the order of the traced graph.
     assert_close(gradients(model, given, compiled), expected)
-    assert torch.allclose(logits(compiled, given), logits(model, given), atol=1e-5)
+
+
+def test_compiled_decoding_on_a_static_cache(dynamo: None) -> None:
+    """One graph for all steps, also where a cut depends on the position."""
+    model, ids = patch_model(build("llama"), TRACED["positions"]), inputs("llama", padding=0)["input_ids"]
+    expected = logits(model, {"input_ids": ids}, use_cache=False)
+    cache = StaticCache(model.config, max_cache_len=12)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    found = [logits(model, {"input_ids": ids[:, :4], "attention_mask": torch.ones(2, 4)}, past_key_values=cache)]
+    for step in range(4, LENGTH):
+        given = {"input_ids": ids[:, step, None], "attention_mask": (torch.arange(12) <= step).expand(2, 12)}
+        with torch._dynamo.config.patch(error_on_recompile=step > 5):
+            found.append(logits(compiled, given, past_key_values=cache))
+    # Shorter products, and a longer cache, round differently.
+    assert torch.allclose(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -394,13 +414,10 @@ def test_a_compiled_model_follows_what_is_patched_later(dynamo: None) -> None:
     plain = logits(model, given)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(logits(compiled, given), plain)
-    for cut in ("none", "several", "z", "pattern", "several"):
+    for cut in ("several", "z"):
         patch_model(model, CUTS[cut])
         found = logits(compiled, given)
-        assert torch.equal(found, logits(model, given))
-        assert torch.equal(found, plain) == (cut == "none")
-    patch_model(compiled, CUTS["z"], kernel="eager")
-    assert torch.equal(logits(compiled, given), logits(model, given))
+        assert torch.equal(found, logits(model, given)) and not torch.equal(found, plain)
     with capture(compiled, ["pattern", "z"], layers=[1], heads=[0]) as run:
         logits(compiled, given)
         logits(compiled, given)
@@ -411,13 +428,13 @@ def test_a_compiled_model_follows_what_is_patched_later(dynamo: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize(
-    ("name", "cut"), [(n, c) for n in NAMES for c in CUTS if n in ("llama", "bert") or c in ("qk", "several")]
+    ("name", "cut", "strict"),
+    [("llama", cut, False) for cut in CUTS]
+    + [(name, "several", strict) for name in ("llama", "bert") for strict in (False, True)][1:]
+    + [("gpt2", "pattern", False), ("gpt2", "pattern", True), ("t5", "several", False)],
 )
 def test_exported_models(dynamo: None, name: str, cut: str, strict: bool) -> None:
-    if strict and (name == "t5" or cut not in ("none", "several", "pattern")):
-        pytest.skip("the same path; strict export takes seconds")
     model, given = patch_model(build(name), CUTS[cut]), inputs(name)
     more: dict[str, Any] = {} if name == "bert" else {"use_cache": False}
     with torch.no_grad():
@@ -578,6 +595,84 @@ def test_saving_a_patched_model_saves_the_plain_one(name: str, cut: str, tmp_pat
     assert torch.equal(logits(patch_model(loaded, CUTS[cut]), given), patched_logits)
 
 
+# -- training -----------------------------------------------------------------------------------------------------------------
+
+
+def train(model: Any, folder: Path, **options: Any) -> Any:
+    """Two steps of transformers' Trainer."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": x, "labels": x} for x in torch.randint(5, VOCAB, (8, LENGTH), generator=generator)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    return trainer
+
+
+def rows_of_head(model: Any, head: int) -> dict[str, Tensor]:
+    attention = first(model)
+    rows = slice(16 * head, 16 * head + 16)
+    return {"q": attention.q_proj.weight[rows].detach().clone(), "o": attention.o_proj.weight[:, rows].detach().clone()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_trainer_without_cuts_trains_the_same_model(name: str, checkpointing: bool, tmp_path: Path) -> None:
+    own, patched_model = build(name), patch_model(build(name))
+    for model in (own, patched_model):
+        train(model, tmp_path, gradient_checkpointing=checkpointing)
+    assert_equal(patched_model.state_dict(), own.state_dict())
+    assert not torch.equal(own.state_dict()["lm_head.weight"], build(name).state_dict()["lm_head.weight"])
+
+
+def test_trainer_with_cuts(tmp_path: Path) -> None:
+    start = rows_of_head(build("llama"), 1)
+    stopped = patch_model(build("llama"), Freeze("both", layers=[0], heads=[1]))
+    straight = patch_model(build("llama"), Freeze("both", layers=[0], heads=[1], backward="ste"))
+    for model in (stopped, straight):
+        train(model, tmp_path)
+    # Nothing flows to a frozen head, except straight through; z = 0 leaves its columns of W_O alone in both.
+    assert_equal(rows_of_head(stopped, 1), start)
+    assert not torch.equal(rows_of_head(straight, 1)["q"], start["q"])
+    assert torch.equal(rows_of_head(straight, 1)["o"], start["o"])
+    assert not torch.equal(rows_of_head(stopped, 0)["q"], rows_of_head(build("llama"), 0)["q"])
+    trainer = train(stopped, tmp_path)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = type(stopped).from_pretrained(tmp_path / "saved")
+    assert_equal(loaded.state_dict(), stopped.state_dict())
+
+
+@by_family
+def test_autocast(name: str) -> None:
+    given = inputs(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = build(name)
+        before, gradient = logits(model, given), gradients(model, given)
+        patch_model(model)
+        assert torch.equal(logits(model, given), before)
+        assert_equal(gradients(model, given), gradient)
+        patch_model(model, kernel="eager")
+        assert torch.equal(logits(model, given), logits(build(name, "eager"), given))
+        for cut in CUTS.values():
+            found = logits(patch_model(model, cut), given)
+            reference = logits(patch_model(build(name), cut, kernel="eager"), given)
+            assert found.dtype == before.dtype
+            # bfloat16 has 8 bits, and the two kernels round them at other places; row 0 holds padding, of which each has its
+            # own; T5's scores, which nothing scales, magnify both.
+            assert name == "t5" or torch.allclose(found[1].float(), reference[1].float(), atol=0.1 * float(before.abs().max()))
+
+
 # -- several models -----------------------------------------------------------------------------------------------------------
 
 
@@ -624,20 +719,21 @@ def test_threads_may_patch_different_models_at_once() -> None:
 def test_many_cycles_leave_nothing_behind() -> None:
     model, given = build("bert"), inputs("bert")
 
-    def cycle() -> None:
+    def cycle(number: int) -> None:
         patch_model(model, CUTS["several"])
-        logits(model, given)
+        if number % 10 == 0:
+            logits(model, given)
         unpatch_model(model)
 
     def count() -> tuple[int, int, list[int]]:
         gc.collect()
         return len(gc.get_objects()), len(all_subclasses(nn.Module)), [len(m.__dict__) for m in model.modules()]
 
-    for _ in range(3):
-        cycle()
+    for number in range(3):
+        cycle(number)
     before = count()
-    for _ in range(200):
-        cycle()
+    for number in range(200):
+        cycle(number)
     after = count()
     assert after[1:] == before[1:]
     assert after[0] - before[0] < 200, "less than one object per cycle"

@@ -319,7 +319,7 @@ def test_chunks_give_what_the_whole_sequence_gives(edit: Edit, chunks: list[int]
     start, parts = 0, []
     for part in LONG.split(chunks, dim=2):
         is_key = SITES[edit.site].over_keys
-        where = Where(query_offset=0 if is_key else start, key_offset=start if is_key else 0, is_cached=True)
+        where = Where(query_offset=0 if is_key else start, key_offset=start if is_key else 0)
         parts.append(apply(edit, part, where))
         start += part.shape[2]
     assert torch.equal(torch.cat(parts, dim=2), whole)
@@ -352,14 +352,52 @@ def test_templates_when_a_sliding_cache_has_dropped_keys(name: str) -> None:
     assert torch.allclose(found, torch.tensor(expected[name], dtype=torch.float32).expand(1, 2, 2, 3))
 
 
-def test_positions_count_queries_or_keys() -> None:
-    where = Where(query_offset=5, key_offset=3)
+@pytest.mark.parametrize("is_cross", [False, True])
+def test_positions_count_queries_or_keys(is_cross: bool) -> None:
+    """Keys in the core are those of the cache, keys at the projection those of this call, of the source in cross-attention."""
+    where = Where(query_offset=5, key_offset=3, is_cross=is_cross)
     for site in SITES.values():
-        if site.name == "k":
-            assert site.over_keys
-        first = 3 if site.name in ("k", "rot_k", "v") else 5
+        first = 3 if site.name in ("rot_k", "v") or (site.name == "k" and is_cross) else 5
+        assert where.offset(site.name) == first
         found = apply(Edit(site.name, "value", 9, positions=[first + 1]), X[..., :3].expand(1, 2, 3, 2), where)
         assert (found == 9).all(dim=-1)[0, 0].tolist() == [False, True, False], site.name
+
+
+def test_a_cache_with_room_to_spare() -> None:
+    """Of a static cache of four positions, three are filled: the fourth counts for nothing, and needs no value."""
+    where = Where(filled=torch.tensor(3))
+    x = torch.tensor([1.0, 2, 6, 100]).view(1, 1, 4, 1).expand(1, 2, 4, 1)
+    means = apply(Edit("v", "mean"), x, where)
+    assert (means == 3).all()
+    values = torch.tensor([7.0, 8, 9]).view(1, 3, 1).expand(2, 3, 1)
+    found = apply(Edit("rot_k", "value", values), x, where)
+    assert found[0, :, :3].flatten().tolist() == [7, 8, 9] * 2
+    with pytest.raises(SpecError, match="used at position 3"):
+        apply(Edit("z", "value", values), x, where)
+    scores = torch.zeros(1, 2, 1, 4)
+    found = apply(Edit("scores", "add", torch.tensor([1.0, 2, 3])), scores, where)
+    assert found[0, 0, 0, :3].tolist() == [1, 2, 3]
+    with pytest.raises(SpecError, match="used at position 3"):
+        apply(Edit("scores", "add", torch.tensor([1.0, 2, 3])), scores, NEW)
+
+
+def test_one_position_of_a_reference_is_not_all_of_them() -> None:
+    """A value with one position stands for every position; what was measured at position 0 does not."""
+    one = torch.ones(2, 1, 2)
+    assert (apply(Edit("z", "value", one), X) == 1).all()
+    with pytest.raises(SpecError, match="found values for 1 positions, used at position 2"):
+        apply(Edit("z", "mean", reference=one), X)
+    with pytest.raises(SpecError, match="found values for 1 positions"):
+        apply(Edit("z", "activation", reference=one[None]), X)
+    assert (apply(Edit("z", "mean", reference=one[:, 0]), X) == 1).all(), "a mean over positions serves all"
+
+
+def test_callables_may_work_in_place() -> None:
+    """Without writing into what the model goes on with."""
+    before = X.clone()
+    assert torch.equal(apply(Edit("z", lambda x: x.mul_(2)), X), 2 * before)
+    assert torch.equal(apply(Edit("z", lambda x: x.zero_(), strength=0.5), X), before / 2)
+    assert torch.equal(before, X)
 
 
 def test_values_that_end_before_the_sequence_are_refused_where_they_are_used() -> None:
@@ -406,7 +444,7 @@ def test_the_current_mean_is_refused_when_decoding(site: str) -> None:
     assert operation(edit).is_current_mean
     for offset in (1, torch.tensor(1)):
         with pytest.raises(CacheError, match=rf"self\.0 {site}: mean of the current.*cache of 1 positions.*collect_reference"):
-            apply(edit, S if SITES[site].is_matrix else X, Where(query_offset=offset, is_cached=True))
+            apply(edit, S if SITES[site].is_matrix else X, Where(query_offset=offset))
     given = Edit(site, "mean", reference=torch.ones(2, 3))
     assert not operation(given).is_current_mean
     assert (apply(given, S, Where(query_offset=1)) == 1).all()

@@ -181,6 +181,8 @@ def test_positional_and_keyword_construction_agree() -> None:
         (Freeze("qk", heads=[3, 1]), Freeze("qk", heads=(1, 3))),
         (Freeze("qk", heads={1, 3}), Freeze("qk", heads=torch.tensor([3, 1]))),
         (Freeze("qk", torch.arange(2)), Freeze("qk", [0, 1])),
+        (Freeze("qk", heads=list(torch.arange(2))), Freeze("qk", heads=[0, 1])),
+        (Freeze("qk", strength=torch.tensor(0.5)), Freeze("qk", strength=0.5)),
         (Freeze("qk", positions=(2, 0)), Freeze("qk", positions=[0, 2])),
         (Freeze("qk", strength=1), Freeze("qk", strength=1.0)),
         (Edit("z", "scale", 2), Edit("z", "scale", 2.0)),
@@ -449,6 +451,15 @@ def test_saving_shared_transposed_and_tracked_tensors(tmp_path: Path) -> None:
     spec.save(tmp_path / "cuts.yaml")
     again = Spec.load(tmp_path / "cuts.yaml")
     assert again == spec and again.fingerprint() == spec.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["cuts", "cuts.txt", "cuts.safetensors"])
+def test_files_are_json_or_yaml(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        SpecError, match=rf"Spec\.save: found '{name}'; expected a name ending in \.json, \.yaml or \.yml\. Rename"
+    ):
+        Spec(Freeze("qk")).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_callables_stay_in_the_process(tmp_path: Path) -> None:
