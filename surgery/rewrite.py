@@ -68,7 +68,7 @@ class Rewriter:
 
     def __init__(self, eager: Callable[..., Any], module: nn.Module) -> None:
         self.eager, self.module = eager, module
-        self.names, self.takes_any = _parameters(eager)
+        self.names, self.takes_any, self.floats = _parameters(eager)
         self._known: dict[tuple[Any, ...], Reconstruction] = {}
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,8 @@ class Rewriter:
         arguments = dict(zip(self.names[1:5], (query, key, value, mask), strict=True))
         for name, argument in kwargs.items():
             if self.takes_any or name in self.names:
-                arguments[name] = argument
+                # A whole number for a float (a dropout of 0 in a config) would be a constant, and so make another trace.
+                arguments[name] = float(argument) if type(argument) is int and name in self.floats else argument
         return arguments
 
     def graph(self, arguments: Mapping[str, Any], group_size: int) -> Reconstruction:
@@ -108,15 +109,16 @@ def _shared(
 
 
 @functools.cache
-def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
-    """Parameter names, and whether the body reads its **kwargs (most take them only to ignore them)."""
+def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool, frozenset[str]]:
+    """Parameter names, whether the body reads its **kwargs (most take them only to ignore them), and which are floats."""
     parameters = inspect.signature(function).parameters.values()
+    floats = frozenset(p.name for p in parameters if isinstance(p.default, float))
     names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     # From Python 3.13 on, one instruction may load two names.
     loads = [i.argval for i in dis.get_instructions(function) if i.opname.startswith("LOAD_FAST")]
     used = any(rest in (names if isinstance(names, tuple) else (names,)) for names in loads)
-    return names, rest is not None and used
+    return names, rest is not None and used, floats
 
 
 def _kind(value: Any) -> Any:

@@ -215,9 +215,23 @@ PADDED = Where(allowed=torch.tensor([[0, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=tor
     ],
 )
 def test_templates_leave_rows_without_keys_and_never_use_padding(name: str, expected: Any) -> None:
-    x = torch.tensor([0.2, 0.3, 0.5]).expand(1, 2, 3, 3)
+    x = torch.tensor([[0.2, 0.3, 0.5], [0, 1, 0], [0, 0.6, 0.4]]).expand(1, 2, 3, 3)
     found = apply(Edit("pattern", name), x, PADDED)
     assert torch.equal(found, torch.tensor([[expected] * 2]))
+
+
+@pytest.mark.parametrize(
+    ("site", "action"),
+    [("scores", a) for a in ("zero", "value", "scale", "add", "mean", "noise")]
+    + [("pattern", a) for a in (*TEMPLATES, "value", "scale", "add", "mean", "noise")],
+)
+def test_what_the_mask_forbids_stays(site: str, action: str) -> None:
+    """Whatever stands there. (Only a pattern to zero is zero everywhere.)"""
+    x = torch.rand(1, 2, 3, 3)
+    found = apply(Edit(site, action, 2.0 if action in ("value", "scale", "add") else None), x, PADDED)
+    allowed = PADDED.allowed.expand_as(x)  # type: ignore[union-attr]
+    assert torch.equal(found[~allowed], x[~allowed])
+    assert not torch.equal(found[allowed], x[allowed])
 
 
 @pytest.mark.parametrize("action", ["zero", "mean", "uniform", "first", "diagonal", "previous"])
@@ -342,7 +356,7 @@ def test_templates_in_chunks(name: str) -> None:
 def test_templates_when_a_sliding_cache_has_dropped_keys(name: str) -> None:
     # Queries 4 and 5 of a sequence, of which keys 3, 4, 5 are left, window 3.
     allowed = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)[None, None]
-    found = apply(Edit("pattern", name), torch.rand(1, 2, 2, 3), Where(query_offset=4, key_offset=3, allowed=allowed))
+    found = apply(Edit("pattern", name), torch.rand(1, 2, 2, 3) * allowed, Where(4, 3, allowed))
     expected = {
         "uniform": [[0.5, 0.5, 0], [THIRD, THIRD, THIRD]],
         "diagonal": [[0, 1, 0], [0, 0, 1]],
@@ -524,9 +538,8 @@ def test_gradients_of_templates_and_masked_scores(name: str, backward: str) -> N
     edit = operation(Edit("pattern", name, backward=backward), heads=(0,))
     x = x.clone().requires_grad_()
     (edit.apply(x, PADDED) * w).sum().backward()
-    expected = w.clone()
-    if backward != "ste":
-        expected[:, :, 1:] = 0  # the first row has no key and stays, gradient and all
+    # What is forbidden stays, gradient and all.
+    expected = w if backward == "ste" else torch.where(PADDED.allowed, 0, w)  # type: ignore[call-overload]
     assert torch.equal(x.grad, expected)
     low = torch.where(PADDED.allowed, x.detach(), -torch.inf).requires_grad_()  # type: ignore[arg-type]
     zero = operation(Edit("scores", "scale", 0.0, strength=0.5, backward=backward), heads=(0,))

@@ -316,6 +316,7 @@ def test_presence_of_a_mask_is_another_trace() -> None:
 def test_constants_of_a_call_and_numbers() -> None:
     assert graph_of(good, scaling=0.5) is graph_of(good, scaling=0.25), "floats are inputs"
     assert "scaling" in graph_of(good, scaling=0.25).inputs
+    assert graph_of(good, scaling=1) is graph_of(good, scaling=0.25), "so is a whole number in a float's place"
     rewriter = Rewriter(good, nn.Module())
     assert rewriter.names[:5] == ("module", "query", "key", "value", "attention_mask") and not rewriter.takes_any
     bound = rewriter.bind(*(torch.zeros(1, 1, 1, 1),) * 3, None, {"scaling": 2.0, "position_ids": torch.zeros(1)})
