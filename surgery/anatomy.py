@@ -324,19 +324,21 @@ def _order(channels: Tensor) -> Tensor:
 
 
 def _derive_output(model: nn.Module, attention: Attention) -> None:
-    found, owner = attention.recording.output, attention.path
+    recording, owner = attention.recording, attention.path
     parent, _, child = attention.path.rpartition(".")
-    if found is None and attention.recording.labels["output"].numel():
+    if recording.output is None and recording.labels["output"].numel():
         try:
-            outer = record_parent(model.get_submodule(parent), child, attention.recording)
-            found, owner = outer.output, parent
+            recording, owner = record_parent(model.get_submodule(parent), child, recording), parent
         except Exception as error:  # any failure of a foreign forward means the same: not derived
             attention.why["o"] = f"the parent {parent!r} cannot be recorded ({type(error).__name__}: {error})"
             return
-    if found is None:
+    if recording.output is None:
         attention.why["o"] = "z does not reach a projection by views and elementwise arithmetic alone"
         return
-    name, labels = found
+    name, labels = recording.output
+    if not recording.ends_in(name):
+        attention.why["o"] = f"{name}, which reads z, is not the last map before the output"
+        return
     order = torch.argsort(labels)
     if labels.numel() != attention.heads * attention.d_value or not torch.equal(labels[order], torch.arange(labels.numel())):
         attention.why["o"] = f"{name} reads {labels.numel()} channels that are not the {attention.heads} heads' z, each once"

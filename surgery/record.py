@@ -140,6 +140,11 @@ class Recording:
     def owner(self, label: int) -> str:
         return self.projections[label // _BASE]
 
+    def ends_in(self, projection: str) -> bool:
+        """Whether the forward's output is that projection's, by views and elementwise arithmetic, as far as one can tell."""
+        owners = self.labels["output"].div(_BASE, rounding_mode="floor")
+        return not owners.numel() or bool((owners == self.projections.index(projection)).any())
+
 
 _Z = 1 << 20  # the owner number of z's labels: channel = head * d_head + d
 
@@ -240,7 +245,7 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
         raise failure
     assert recording.calls, "the forward did not reach the core"
     recording.shapes["output"] = tuple(_first(output).shape)
-    recording.labels["output"] = _first(output).labels if isinstance(_first(output), Labelled) else torch.empty(0)
+    recording.labels["output"] = _labels_of(output)
     return recording
 
 
@@ -253,8 +258,13 @@ def record_parent(parent: nn.Module, child: str, recording: Recording) -> Record
     def attention(*args: Any, **kwargs: Any) -> Any:
         return Labelled.make(torch.ones(labels.shape, dtype=dtype, device=device), labels), None
 
-    _run(parent, "", found, None, _arguments(parent, None, False), {child: attention})
+    found.labels["output"] = _labels_of(_run(parent, "", found, None, _arguments(parent, None, False), {child: attention}))
     return found
+
+
+def _labels_of(output: Any) -> Tensor:
+    output = _first(output)
+    return output.labels if isinstance(output, Labelled) else torch.empty(0)
 
 
 def _run(

@@ -359,6 +359,16 @@ def test_modules_share_a_trace_only_where_their_constants_agree() -> None:
         assert not torch.equal(dropped, expected)
 
 
+@torch.no_grad()
+def test_the_pattern_is_seen_before_dropout() -> None:
+    module = Constants(2).train()
+    arguments = sample_arguments(Rewriter(reads_constant, module), SHAPES, {}, True)
+    seen: dict[str, Tensor] = {}
+    output, weights = graph_of(reads_constant, module)(seen.setdefault, module, arguments)
+    assert torch.allclose(seen["pattern"].sum(-1), torch.ones(1, 2, 3)) and not torch.equal(weights, seen["pattern"])
+    assert torch.equal(output, (weights @ seen["v"]).transpose(1, 2))
+
+
 def test_a_module_whose_constant_changes_is_traced_anew() -> None:
     """As its own forward would read the new value."""
     module = Constants(2)
@@ -377,3 +387,25 @@ def test_traces_do_not_pile_up() -> None:
     for seed in range(3):
         patch_model(FAMILIES["llama"].build("sdpa", seed=seed), kernel="eager")
     assert count() == before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_trace_is_made_while_patching(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None in a forward, which torch.compile may be tracing."""
+    family = FAMILIES[name]
+    model = patch_model(family.build("eager"), kernel="eager")
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("traced in a forward")
+
+    monkeypatch.setattr(surgery.rewrite, "_trace", refuse)
+    for training, padding in ((False, 0), (False, 3), (True, 0), (True, 3)):
+        given = family.inputs(padding=padding)
+        model.train(training)
+        model(**given)
+        model(**given, output_attentions=True)
+        if family.kind == "decoder":
+            model(given["input_ids"], use_cache=False)
+            cache = model(given["input_ids"]).past_key_values
+            model(given["input_ids"][:, :2], past_key_values=cache)
