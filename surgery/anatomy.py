@@ -7,19 +7,17 @@ Addresses: [stack.]kind.layer, for example "self.3", "encoder.self.0", "decoder.
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from surgery.errors import NoMatchError, UnsupportedArchitectureError, describe, listing
-from surgery.family import Family, computes_attention, find_family
-from surgery.interface import attend as _registered  # noqa: F401 (importing it registers our implementation)
-from surgery.record import _BASE, Recording, record, record_parent
+from surgery.errors import NoMatchError, describe
+from surgery.family import Family
+from surgery.record import Recording
+from surgery.sites import SITES
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +82,14 @@ class Attention:
             known = site in self.projections
             groups[self.projections[site].path if known else site].append(site if known else f"({site})")
         return " | ".join("+".join(sites) for sites in groups.values())
+
+    def problem_at(self, site: str, what: str) -> list[str]:
+        """Why a site does not exist here: it is at a projection that could not be derived. Empty if it does."""
+        projection = SITES[site].projection
+        if projection is None or projection in self.projections:
+            return []
+        found = f"site {site!r}: {self.why[projection]}"
+        return [describe(what, found, "a site that exists", f"Use site {SITES[site].instead!r}.")]
 
     def __repr__(self) -> str:
         heads = f"{self.heads} heads over {self.kv_heads} kv heads, d_head {self.d_head}"
@@ -164,186 +170,3 @@ class Anatomy:
         return ", ".join(
             f"{name}.{min(n)} to {name}.{max(n)}" if len(n) > 1 else f"{name}.{n[0]}" for name, n in groups.items()
         )
-
-
-def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
-    """Every attention module of a model.
-
-    strict: raise if the model holds attention that cannot be reconstructed; otherwise list it in `unsupported`.
-    Raises UnsupportedArchitectureError, naming all such modules, and NoMatchError if there is no attention at all.
-    """
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
-    families = {m: f for m in paths if (f := find_family(m)) is not None}
-    unsupported = [
-        f"{paths[m][0]!r} ({type(m).__name__}): a softmax over a product of its projections, computed inline"
-        for m in paths
-        if m not in families and computes_attention(m)
-    ]
-    named = _addresses({m: p for m, p in paths.items() if m in families})
-    attentions = []
-    for module, (addresses, kind, layer) in named.items():
-        try:
-            attentions.append(_examine(model, module, tuple(paths[module]), families[module], addresses, kind, layer))
-        except UnsupportedArchitectureError as error:
-            unsupported.append(str(error))
-    if unsupported and strict:
-        raise UnsupportedArchitectureError(
-            listing(f"{type(model).__name__} holds attention that cannot be patched", unsupported)
-            + "\nDescribe these classes in a file like those in patches/, or pass strict=False to leave them as they are."
-        )
-    if not attentions:
-        raise NoMatchError(
-            describe(
-                type(model).__name__, "no attention module", "at least one", "Pass a transformers model with softmax attention."
-            )
-        )
-    base = getattr(type(model), "_surgery_base", type(model))
-    return Anatomy(tuple(attentions), tuple(unsupported), base.__name__)
-
-
-def _addresses(paths: dict[nn.Module, list[str]]) -> dict[nn.Module, tuple[tuple[str, ...], Literal["self", "cross"], int]]:
-    """Addresses by module. A module that is shared by several layers has several; the first is its own."""
-    places = [(path, module) for module, all_paths in paths.items() for path in all_paths]
-    prefixes = dict.fromkeys(_stack_path(path) for path, _ in places)
-    stacks = _stack_names(list(prefixes))
-    groups: dict[tuple[str, str], list[tuple[str, nn.Module]]] = defaultdict(list)
-    for path, module in places:
-        kind = "cross" if _is_cross(path, module) else "self"
-        groups[stacks[_stack_path(path)], kind].append((path, module))
-    found: dict[nn.Module, list[tuple[str, Literal["self", "cross"], int]]] = defaultdict(list)
-    for (stack, kind), members in groups.items():
-        numbers = [int(n.group(1)) if (n := re.search(r"\.(\d+)(?:\.|$)", f".{path}")) else -1 for path, _ in members]
-        if len(set(numbers)) < len(numbers) or -1 in numbers:
-            numbers = list(range(len(members)))
-        for (_, module), number in zip(members, numbers, strict=True):
-            found[module].append((f"{stack}{kind}.{number}", kind, number))  # type: ignore[arg-type]
-    return {m: (tuple(a for a, _, _ in found[m]), found[m][0][1], found[m][0][2]) for m in paths}
-
-
-def _stack_path(path: str) -> str:
-    return re.split(r"(?:^|\.)\d+(?:\.|$)", path)[0]
-
-
-_STACKS = ("vision", "visual", "image", "audio", "speech", "encoder", "decoder")
-
-
-def _stack_names(prefixes: list[str]) -> dict[str, str]:
-    """A short name with a dot for every stack of layers; "" where there is only one, and for the text model beside others."""
-    if len(prefixes) == 1:
-        return {prefixes[0]: ""}
-    names: dict[str, str] = {}
-    for prefix in prefixes:
-        word = next((w for w in _STACKS if w in prefix.lower()), "")
-        word = {"visual": "vision", "image": "vision", "speech": "audio"}.get(word, word)
-        names[prefix] = f"{word}." if word else ""
-        if names[prefix] in [n for p, n in names.items() if p != prefix]:
-            names[prefix] = f"{prefix}."
-    return names
-
-
-def _is_cross(path: str, module: nn.Module) -> bool:
-    """Whether an attention reads another sequence: by its own flag, or by the name that its block gives it."""
-    flag = getattr(module, "is_cross_attention", None)
-    if isinstance(flag, bool) and flag:
-        return True
-    tail = path.lower().rsplit(".", 3)[-3:]
-    return (
-        any("cross" in part or part in ("encoder_attn", "encdecattention") for part in tail) or "Cross" in type(module).__name__
-    )
-
-
-def _examine(
-    model: nn.Module,
-    module: nn.Module,
-    paths: tuple[str, ...],
-    family: Family,
-    addresses: tuple[str, ...],
-    kind: Literal["self", "cross"],
-    layer: int,
-) -> Attention:
-    try:
-        found = record(module, family, kind == "cross")
-    except Exception as error:
-        raise UnsupportedArchitectureError(
-            describe(
-                f"{paths[0]!r} ({type(module).__name__})",
-                f"a forward that cannot be recorded ({type(error).__name__}: {error})",
-                "a forward that runs on small tensors",
-                "Give the arguments that it needs in a file in patches/.",
-            )
-        ) from error
-    (_, heads, _, d_head), (_, kv_heads, _, _), (_, _, _, d_value) = (found.shapes[n] for n in "qkv")
-    if heads % kv_heads:
-        raise UnsupportedArchitectureError(
-            describe(f"{paths[0]!r}", f"{heads} heads over {kv_heads} kv heads", "a whole number of heads per kv head", "")
-        )
-    core_groups, kv_heads = heads // kv_heads, _distinct(found.labels.get("v"), kv_heads)
-    attention = Attention(
-        addresses[0], paths, module, family, kind, layer, found, heads, kv_heads, d_head, d_value, addresses, core_groups
-    )
-    for site in ("q", "k", "v"):
-        _derive_input(attention, site)
-    _derive_output(model, attention)
-    return attention
-
-
-def _distinct(labels: Tensor | None, heads: int) -> int:
-    """The number of kv heads: a family that repeats them before the core shows rows that are equal, one group at a time."""
-    if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
-        return heads
-    changes = 1 + int((labels[1:] != labels[:-1]).any(dim=-1).sum())
-    return changes if heads % changes == 0 else heads
-
-
-def _derive_input(attention: Attention, site: str) -> None:
-    labels = attention.recording.labels.get(site)
-    if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
-        attention.why[site] = f"{site} does not come from a projection by views and elementwise arithmetic alone"
-        return
-    owners = sorted({attention.recording.owner(int(label)) for label in labels.flatten()})
-    channels = labels.remainder(_BASE)
-    if len(owners) > 1:
-        attention.why[site] = f"{site} is joined from the projections {', '.join(owners)}"
-        return
-    if site != "q":
-        channels = channels[:: channels.shape[0] // attention.kv_heads]
-    if channels.unique().numel() < channels.numel():
-        attention.why[site] = f"{site} heads share channels of {owners[0]}"
-        return
-    # A tap is set on the module that calls the projection: the last attribute is its name there.
-    inner, _, name = owners[0].rpartition(".")
-    owner = ".".join(part for part in (attention.path, inner) if part)
-    attention.projections[site] = Projection(owner, name, _order(channels) if site in "qk" else channels)
-
-
-def _order(channels: Tensor) -> Tensor:
-    """Channels of a head in stored order: positions may have turned pairs of them round on the way to the core."""
-    return channels.sort(dim=-1).values
-
-
-def _derive_output(model: nn.Module, attention: Attention) -> None:
-    recording, owner = attention.recording, attention.path
-    parent, _, child = attention.path.rpartition(".")
-    if recording.output is None and recording.labels["output"].numel():
-        try:
-            recording, owner = record_parent(model.get_submodule(parent), child, recording), parent
-        except Exception as error:  # any failure of a foreign forward means the same: not derived
-            attention.why["o"] = f"the parent {parent!r} cannot be recorded ({type(error).__name__}: {error})"
-            return
-    if recording.output is None:
-        attention.why["o"] = "z does not reach a projection by views and elementwise arithmetic alone"
-        return
-    name, labels = recording.output
-    if not recording.ends_in(name):
-        attention.why["o"] = f"{name}, which reads z, is not the last map before the output"
-        return
-    order = torch.argsort(labels)
-    if labels.numel() != attention.heads * attention.d_value or not torch.equal(labels[order], torch.arange(labels.numel())):
-        attention.why["o"] = f"{name} reads {labels.numel()} channels that are not the {attention.heads} heads' z, each once"
-        return
-    # A tap is set on the module that calls the projection: the last attribute is its name there.
-    inner, _, name = name.rpartition(".")
-    owner = ".".join(part for part in (owner, inner) if part)
-    attention.projections["o"] = Projection(owner, name, order.view(attention.heads, attention.d_value))

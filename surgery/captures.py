@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy, Attention
-from surgery.core import Probe
 from surgery.errors import NoMatchError, SpecError, describe, listing
 from surgery.patch import Kernel, anatomy_of, probed
+from surgery.plan import Probe
 from surgery.reference import Entry, Reference
 from surgery.sites import SITES
 from surgery.spec import Edit
@@ -36,6 +36,10 @@ class Run:
 
     def __getitem__(self, key: tuple[str | int, str]) -> Tensor:
         """(batch, head, .., ..). Raises NoMatchError if that was not asked for, or has not run."""
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise NoMatchError(
+                describe(f"run[{key!r}]", "one key", "an address and a site", 'For example run["self.3", "pattern"].')
+            )
         return self.steps(*key)[-1]
 
     def steps(self, address: str | int, site: str) -> list[Tensor]:
@@ -146,7 +150,4 @@ def _problems(attention: Attention, site: str, heads: Any) -> Iterator[str]:
     what = f"{attention.address} ({attention.path!r})"
     if heads != "all" and (beyond := [head for head in heads if head >= attention.heads]):
         yield describe(what, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")
-    name = {"q": "q", "k": "k", "result": "o"}.get(site)
-    if name is not None and name not in attention.projections:
-        instead = {"q": "rot_q", "k": "rot_k", "result": "z"}[site]
-        yield describe(what, f"site {site!r}: {attention.why[name]}", "a site that exists", f"Use site {instead!r}.")
+    yield from attention.problem_at(site, what)

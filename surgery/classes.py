@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from surgery.core import Surgery
+from surgery.reconstruction import Reconstruction
 from surgery.record import config_view
-from surgery.rewrite import GROUPS, Reconstruction
 from surgery.sites import SITES
 from surgery.taps import Tap, Tapped
+from surgery.trace import GROUPS
 
 
 class Surgical:

@@ -58,7 +58,7 @@ def collect_reference(
       the longest batch; otherwise all positions of all rows are pooled.
     progress: show a progress bar. Sums are float64; results have the model's dtype. The spread is the population's
     (divided by n). Gradients are off; the model's train or eval mode is left as it is.
-    Raises SpecError if the data is empty or a site cannot have a mean.
+    Raises SpecError if the data is empty, if all that it has for a position is padding, or if a site cannot have a mean.
     """
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     if matrix := [site for site in sites if site in SITES and SITES[site].is_matrix]:
@@ -94,6 +94,16 @@ def collect_reference(
         raise SpecError(describe("collect_reference", "no data", "at least one batch", "Pass a non-empty iterable."))
     entries = {}
     for key, moments in state.items():
+        if empty := (moments.count == 0).flatten().nonzero().flatten().tolist():
+            where = f"at positions {empty[:5]}" if per_position else "at any position"
+            raise SpecError(
+                describe(
+                    f"collect_reference: {' '.join(key)}",
+                    f"no token {where}",
+                    "at least one",
+                    "Check the data's attention mask.",
+                )
+            )
         spread = (moments.squares / moments.count.clamp(min=1)).sqrt()
         # (position, head, d) while collecting; the head axis comes first in a reference.
         value, spread = (t.transpose(0, 1) if per_position else t for t in (moments.mean, spread))

@@ -5,21 +5,18 @@ Nothing here knows a model; `surgery.lower` checks cuts against one. `surgery.sp
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
-from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from surgery.errors import SpecError, describe, listing
-from surgery.fields import Gqa, Heads, Layers, Positions, Strength, choice
-from surgery.reference import Reference, as_reference, is_same
+from surgery.errors import SpecError, describe
+from surgery.fields import Gqa, Heads, Layers, Positions, Seed, Strength, choice
+from surgery.reference import Reference, as_reference
 from surgery.sites import SITES
+from surgery.values import Value, callable_name
 
 REPLACING = ("zero", "value", "mean", "noise", "identity", "activation", "resample")
 TRANSFORMING = ("scale", "add")
@@ -30,70 +27,7 @@ CIRCUITS = ("qk", "ov", "both")
 _REFERRING = ("mean", "noise", "activation")
 
 
-class _Value(BaseModel):
-    """Immutable, positional construction, equality by content, our errors in place of pydantic's, all of them at once."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    def __init__(self, *args: Any, **data: Any) -> None:
-        names = list(type(self).model_fields)
-        if len(args) > len(names) or any(name in data for name in names[: len(args)]):
-            raise TypeError(f"{type(self).__name__}() takes {', '.join(names)}; an argument was given twice or is too many")
-        data = {**dict(zip(names, args, strict=False)), **data}
-        disagreements = [p.strip() for p in self._agree(data)]
-        problems = []
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            problems = [self._problem(e) for e in error.errors()]
-        if problems or disagreements:
-            raise SpecError(listing(type(self).__name__, [*problems, *disagreements]))
-
-    @classmethod
-    def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
-        """What in the fields does not fit together. Puts values and references into their normal form."""
-        raise NotImplementedError
-
-    @classmethod
-    def _problem(cls, error: Any) -> str:
-        """One error of pydantic's in our words."""
-        where = ".".join(str(part) for part in error["loc"])
-        if error["type"] == "value_error":
-            return str(error["msg"]).removeprefix("Value error, ").strip()
-        if error["type"] == "missing":
-            return describe(where, "nothing", "a value", f"Pass {where}=...")
-        if error["type"] == "extra_forbidden":
-            return describe(where, repr(error["input"]), "one of " + ", ".join(cls.model_fields), "Remove it.")
-        return describe(where, repr(error["input"]), error["msg"], "Change it.")
-
-    def content(self, name: str = "cut", strict: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The cut as plain data, defaults left out, and its tensors, which the data names `name`.field.
-
-        strict: raise SpecError for a callable, which is no data.
-        """
-        tensors: dict[str, Tensor] = {}
-        data: dict[str, Any] = {"kind": type(self).__name__.lower()}
-        for field, info in type(self).model_fields.items():
-            value = getattr(self, field)
-            if isinstance(value, Tensor | Reference) or callable(value) or value != info.default:
-                data[field] = _to_plain(value, f"{name}.{field}", tensors, strict)
-        return data, tensors
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Value):
-            return NotImplemented
-        (mine, tensors), (theirs, others) = self.content(), other.content()
-        return mine == theirs and all(is_same(tensors[name], others[name]) for name in tensors)
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self.content()[0], sort_keys=True))
-
-    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
-        shown = self.content()[0]
-        return ((name, getattr(self, name)) for name in type(self).model_fields if name in shown)
-
-
-class Edit(_Value):
+class Edit(Value):
     """One change at one site, the general form of every cut.
 
     site: a name of `surgery.sites.SITES`.
@@ -129,7 +63,7 @@ class Edit(_Value):
     positions: Positions = None
     gqa: Gqa = "isolated"
     reference: Any = None
-    seed: int = 0
+    seed: Seed = 0
 
     if TYPE_CHECKING:
 
@@ -167,12 +101,12 @@ class Edit(_Value):
         return (self,)
 
     def __str__(self) -> str:
-        action = self.action if isinstance(self.action, str) else _callable_name(self.action)
+        action = self.action if isinstance(self.action, str) else callable_name(self.action)
         value = f"tensor of shape {tuple(self.value.shape)}" if isinstance(self.value, Tensor) else self.value
         return f"{self.site} {action}{'' if value is None else f' {value}'}{_selection(self)}"
 
 
-class Freeze(_Value):
+class Freeze(Value):
     """Cut a head's circuit off from its input: sugar for edits at the circuit's sites.
 
     circuit: "qk" (where the head looks), "ov" (what it moves), "both".
@@ -206,7 +140,7 @@ class Freeze(_Value):
     positions: Positions = None
     gqa: Gqa = "isolated"
     reference: Any = None
-    seed: int = 0
+    seed: Seed = 0
 
     if TYPE_CHECKING:
 
@@ -317,37 +251,3 @@ def _selection(cut: Any) -> str:
     parts += [f"of {cut.reference!r}"] if cut.reference is not None else []
     parts += [f"seed {cut.seed}"] if cut.seed else []
     return f" ({', '.join(parts)})"
-
-
-def _to_plain(value: Any, name: str, tensors: dict[str, Tensor], strict: bool) -> Any:
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach()
-        return {"tensor": name}
-    if isinstance(value, Reference):
-        description, named = value.describe(f"{name}.")
-        tensors.update(named)
-        return {"reference": description}
-    if callable(value):
-        if strict:
-            found = f"the callable {_callable_name(value)}"
-            raise SpecError(
-                describe("Spec", found, "cuts that are data", "Use it in this process only, or express it as another Edit.")
-            )
-        return {"callable": f"{_callable_name(value)} {_serial(value)}"}
-    return list(value) if isinstance(value, tuple) else value
-
-
-_SERIALS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-_COUNTER = itertools.count()
-
-
-def _serial(value: Callable[..., Any]) -> int:
-    """A number for a callable: its own in this process, never given again to another one (as its id would be)."""
-    try:
-        return _SERIALS.setdefault(value, next(_COUNTER))
-    except TypeError:  # unhashable, or without weak references
-        return id(value)
-
-
-def _callable_name(value: Callable[..., Any]) -> str:
-    return getattr(value, "__qualname__", type(value).__name__)

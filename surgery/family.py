@@ -119,9 +119,9 @@ def _is_global(instruction: dis.Instruction) -> bool:
 
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
-    """The functions that a class defines or inherits, up to torch's own, decorators taken off."""
+    """The functions that a class defines or inherits, decorators taken off; not torch's own, nor those that sample tokens."""
     for base in cls.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
+        if base.__module__.startswith(("torch.", "transformers.generation.")) or base is object:
             continue
         for member in vars(base).values():
             member = getattr(member, "__func__", member)
@@ -134,26 +134,59 @@ _PRODUCT = {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"
 
 
 def computes_attention(module: nn.Module) -> bool:
-    """Whether a module's own code holds a softmax over a product and the module owns at least two projections.
+    """Whether a module's own code, with the helpers it calls, holds a softmax over a product, and it owns projections.
 
-    Static and deliberately broad: it decides what `patch_model` must not skip in silence.
+    Projections: at least two linear maps or matrices of its own, alone or in lists, or one map to more channels than it
+    reads (q, k and v in one). Static and deliberately broad: it decides what `patch_model` must not skip in silence.
     """
     if isinstance(module, nn.MultiheadAttention):
         return True
     own: Any = type(module)
     softmax, product = _uses(own)
     softmax = softmax or any(isinstance(child, nn.Softmax) for child in module.children())
-    return softmax and product and sum(is_projection(child) for child in module.children()) >= 2
+    return softmax and product and _n_projections(module) >= 2
+
+
+def _n_projections(module: nn.Module) -> int:
+    """The number of maps that could make q, k, v or read z."""
+    children: list[nn.Module] = []
+    for child in module.children():
+        children += child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else [child]
+    count = sum(parameter is not None and parameter.dim() >= 2 for parameter in module._parameters.values())
+    for child in filter(is_projection, children):
+        width, inputs = projection_width(child), input_width(child)
+        count += 2 if width is not None and inputs is not None and width > inputs else 1
+    return count
 
 
 @functools.cache
 def _uses(cls: Any) -> tuple[bool, bool]:
+    """Whether a class's functions, or functions of its module that they name, use a softmax, and a product."""
     softmax = product = False
     for function in _functions(cls):
-        names = set(function.__code__.co_names)
-        softmax = softmax or bool(names & _SOFTMAX)
-        product = product or bool(names & _PRODUCT) or any(i.argrepr in ("@", "@=") for i in dis.get_instructions(function))
+        for part in (function, *_helpers(function)):
+            names = _all_names(part.__code__)
+            softmax = softmax or bool(names & _SOFTMAX)
+            product = product or bool(names & (_PRODUCT | {"@", "@="}))
     return softmax, product
+
+
+def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
+    """The functions of the same package that a function names."""
+    package = function.__module__.partition(".")[0]
+    for name in function.__code__.co_names:
+        helper = function.__globals__.get(name)
+        if isinstance(helper, types.FunctionType) and helper.__module__.partition(".")[0] == package:
+            yield inspect.unwrap(helper)
+
+
+def _all_names(code: types.CodeType) -> set[str]:
+    """The names that a code uses, in the functions written inside it too, and its matrix products as operators."""
+    names = set(code.co_names) | {i.argrepr for i in dis.get_instructions(code) if i.opname == "BINARY_OP"}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _all_names(constant)
+    return names
 
 
 def is_projection(module: nn.Module) -> bool:

@@ -67,8 +67,16 @@ def _check_strength(value: Any) -> float:
     return float(value)
 
 
+def _check_seed(value: Any) -> int:
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(describe("seed", repr(value), "a whole number", "For example seed=0."))
+    return value
+
+
 Layers = Annotated[Any, BeforeValidator(_check_layers)]
 Heads = Annotated[Any, _numbers("heads", "all")]
 Positions = Annotated[Any, _numbers("positions", None)]
 Strength = Annotated[float, BeforeValidator(_check_strength)]
+Seed = Annotated[int, BeforeValidator(_check_seed)]
 Gqa = Annotated[str, choice("gqa", ("isolated", "shared"))]

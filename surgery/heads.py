@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from surgery.anatomy import Anatomy, Attention, Projection
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe
 from surgery.factored import FactoredMatrix
+from surgery.labels import BASE
 from surgery.linear import LinearMap, linear_of
 from surgery.patch import anatomy_of
-from surgery.record import _BASE
 
 STATES, SOURCE_STATES = "hidden states", "cross-attended states"
 
@@ -123,14 +123,14 @@ class HeadWeights:
         if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
             raise self._underived(site, "")
         labels = labels if site == "q" else labels[:: labels.shape[0] // attention.kv_heads]
-        owners = labels.div(_BASE, rounding_mode="floor")
+        owners = labels.div(BASE, rounding_mode="floor")
         if bool((owners != owners[:1]).any()):
             raise self._underived(site, "")
         found = []
         for owner in dict.fromkeys(owners[0].tolist()):
             channels = (owners[0] == owner).nonzero()[:, 0]
             path = ".".join(part for part in (attention.path, attention.recording.projections[owner]) if part)
-            matrix, bias = self._rows(path, labels[:, channels].remainder(_BASE))
+            matrix, bias = self._rows(path, labels[:, channels].remainder(BASE))
             source = self._source(path)
             found.append(Piece(path, source and f"{attention.path}.{source}", channels, matrix, bias))
         return found

@@ -16,63 +16,12 @@ from torch import Tensor
 
 from surgery.cuts import TRANSFORMING, Edit
 from surgery.errors import CacheError, SpecError, describe
+from surgery.gradient import with_gradient
 from surgery.noise import gaussian
 from surgery.reference import Entry
 from surgery.sites import SITES
-
-
-@dataclass
-class Where:
-    """Where in the sequence a call is. Offsets: absolute position of the first query and of the first key.
-
-    is_cross: keys are of another sequence than queries.
-    filled: number of positions that have keys by now, as a static cache has more room than that; None for all.
-    allowed: boolean (batch | 1, head | 1, query, key), which keys a query may attend to; None for all, or not known.
-    """
-
-    query_offset: Any = 0
-    key_offset: Any = 0
-    allowed: Tensor | None = None
-    is_cross: bool = False
-    filled: Any = None
-
-    def offset(self, site: str) -> Any:
-        """The absolute position of a site's first row. At a projection, keys are those of this call's own tokens."""
-        if not SITES[site].over_keys:
-            return self.query_offset
-        return self.key_offset if SITES[site].where == "core" or self.is_cross else self.query_offset
-
-    def has_room(self, site: str) -> bool:
-        """Whether a site's rows may be those of a cache that is not full yet."""
-        return self.filled is not None and SITES[site].over_keys and SITES[site].where == "core"
-
-
-class Heads:
-    """A choice of heads along axis 1, taken and put back without index tensors where the heads are neighbours."""
-
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self.numbers = tuple(numbers)
-        first, last = (self.numbers[0], self.numbers[-1] + 1) if self.numbers else (0, 0)
-        self.range = (first, last) if self.numbers == tuple(range(first, last)) else None
-        self._index = None if self.range else torch.tensor(self.numbers)
-
-    def take(self, x: Tensor, dim: int = 1) -> Tensor:
-        if self.range is not None:
-            first, last = self.range
-            return x if (first, last) == (0, x.shape[dim]) else x.narrow(dim, first, last - first)
-        return x.index_select(dim, self._on(x.device))
-
-    def put(self, x: Tensor, new: Tensor, dim: int = 1) -> Tensor:
-        if self.range is not None:
-            first, last = self.range
-            return new if (first, last) == (0, x.shape[dim]) else torch.slice_scatter(x, new, dim, first, last)
-        return x.index_copy(dim, self._on(x.device), new)
-
-    def _on(self, device: torch.device) -> Tensor:
-        assert self._index is not None
-        if self._index.device != device:
-            self._index = self._index.to(device)
-        return self._index
+from surgery.templates import TEMPLATES
+from surgery.where import Heads, Where, positions_of
 
 
 @dataclass
@@ -109,6 +58,11 @@ class Operation:
         return edit.positions is not None or by_action or by_position
 
     @property
+    def acts_by_row(self) -> bool:
+        """Whether each row of the result depends on that row alone, so that blocks of rows may be edited one by one."""
+        return not (callable(self.edit.action) or self.is_current_mean)
+
+    @property
     def is_current_mean(self) -> bool:
         """Whether it replaces by the mean of the very activations at hand."""
         return self.edit.action == "mean" and self.entry is None
@@ -133,21 +87,21 @@ class Operation:
             value = value.detach()
         if edit.action == "identity":
             # Not a mixture in arithmetic: the forward is unchanged to the last bit.
-            value = _with_gradient(original, original, 1.0 - edit.strength)
+            value = with_gradient(original, original, 1.0 - edit.strength)
         elif edit.strength != 1.0:
             value = (1.0 - edit.strength) * original + edit.strength * value
         keep = self._where(original, where)
         if keep is not None:
             value = torch.where(keep, value, original)
         if edit.backward == "ste":
-            value = _with_gradient(original, value, 1.0)
+            value = with_gradient(original, value, 1.0)
         return value
 
     def _where(self, original: Tensor, where: Where) -> Tensor | None:
         """Which entries change: the edit's positions, and at scores and pattern what the mask allows."""
         keep = None
         if self.edit.positions is not None:
-            positions = _positions(original, where.offset(self.site))
+            positions = positions_of(original, where.offset(self.site))
             chosen = torch.tensor(self.edit.positions, device=original.device)
             keep = (positions[:, None] == chosen[None, :]).any(dim=1)[:, None]
         allowed = self._allowed(where)
@@ -167,7 +121,7 @@ class Operation:
         action = self.edit.action
         if callable(action):
             return self._call(original)
-        return getattr(self, f"_by_{action}")(original, where)
+        return getattr(self, "_by_template" if action in TEMPLATES else f"_by_{action}")(original, where)
 
     def _by_zero(self, original: Tensor, where: Where) -> Tensor:
         return torch.zeros_like(original)
@@ -196,7 +150,7 @@ class Operation:
         self._refuse_decoding(where)
         allowed = self._allowed(where)
         if allowed is None and where.has_room(self.site):
-            allowed = (_positions(original, where.offset(self.site)) < where.filled)[:, None]
+            allowed = (positions_of(original, where.offset(self.site)) < where.filled)[:, None]
         if allowed is None:
             return original.mean(dim=(0, 2), keepdim=True).expand_as(original)
         allowed = allowed.expand_as(original)
@@ -205,7 +159,7 @@ class Operation:
 
     def _by_noise(self, original: Tensor, where: Where) -> Tensor:
         heads, width = original.shape[1], original.shape[3]
-        positions = _positions(original, where.offset(self.site))
+        positions = positions_of(original, where.offset(self.site))
         columns = torch.arange(width, device=original.device)
         if SITES[self.site].is_matrix:
             columns = columns + where.key_offset
@@ -235,16 +189,6 @@ class Operation:
     def _by_activation(self, original: Tensor, where: Where) -> Tensor:
         assert self.entry is not None
         value = self._rows(self.entry.value, dim=1)
-        width = None if SITES[self.site].is_matrix else original.shape[-1]
-        if value.shape[0] not in (1, original.shape[0]) or width not in (None, value.shape[-1]):
-            raise SpecError(
-                describe(
-                    f"cut {self.number} at {self.address} {self.site}",
-                    f"captured activations of shape {tuple(value.shape)}",
-                    f"batch {original.shape[0]} (or 1) and width {original.shape[-1]}",
-                    "Capture from a run with inputs of the same shape.",
-                )
-            )
         return self._broadcast(value, original, where).expand_as(original)
 
     def _by_resample(self, original: Tensor, where: Where) -> Tensor:
@@ -261,39 +205,8 @@ class Operation:
         # A rotation of the batch: the same at every decoding step, and no row stays where it is.
         return original.roll(1 + self.edit.seed % (batch - 1), dims=0)
 
-    def _by_uniform(self, original: Tensor, where: Where) -> Tensor:
-        allowed = self._allowed(where)
-        if allowed is None:
-            return torch.full_like(original, 1.0 / original.shape[-1])
-        share = allowed.to(original.dtype)
-        return (share / share.sum(dim=-1, keepdim=True).clamp(min=1)).expand_as(original)
-
-    def _by_diagonal(self, original: Tensor, where: Where) -> Tensor:
-        return self._one_hot(original, where, 0)
-
-    def _by_previous(self, original: Tensor, where: Where) -> Tensor:
-        return self._one_hot(original, where, 1)
-
-    def _by_first(self, original: Tensor, where: Where) -> Tensor:
-        allowed = self._allowed(where)
-        if allowed is None:
-            target = torch.zeros(original.shape[2], dtype=torch.long, device=original.device)
-            return _rows_one_hot(target[None, None], original).expand_as(original)
-        return _rows_one_hot(allowed.int().argmax(dim=-1), original).expand_as(original)
-
-    def _one_hot(self, original: Tensor, where: Where, back: int) -> Tensor:
-        """All attention `back` positions back, or on the query's own position where that one may not be attended to.
-
-        A row that may attend to neither stays as it is.
-        """
-        queries = _positions(original, where.query_offset) - where.key_offset
-        own = queries.clamp(0, original.shape[-1] - 1)
-        target = (queries - back).clamp(0, original.shape[-1] - 1)
-        pattern = _rows_one_hot(target[None, None], original)
-        if (allowed := self._allowed(where)) is not None:
-            for fallback in (_rows_one_hot(own[None, None], original), original):
-                pattern = torch.where((pattern.bool() & allowed).any(dim=-1, keepdim=True), pattern, fallback)
-        return pattern.expand_as(original)
+    def _by_template(self, original: Tensor, where: Where) -> Tensor:
+        return TEMPLATES[self.edit.action](original, self._allowed(where), where)
 
     def _call(self, original: Tensor) -> Tensor:
         new = self.edit.action(original.clone())  # it may work in place; what it is given may be a view of a cache
@@ -329,36 +242,52 @@ class Operation:
         """
         value = value.to(device=original.device, dtype=original.dtype)
         site = SITES[self.site]
+        wrong_width = not site.is_matrix and value.dim() and value.shape[-1] not in (1, original.shape[-1])
+        if wrong_width or (value.dim() == 4 and value.shape[0] not in (1, original.shape[0])):
+            raise SpecError(
+                describe(
+                    f"cut {self.number} at {self.address} {self.site}",
+                    f"values of shape {tuple(value.shape)}",
+                    f"batch {original.shape[0]} (or 1) and width {original.shape[-1]}",
+                    "Give values for inputs of the same shape.",
+                )
+            )
         if value.dim() == 2 and not site.is_matrix:
             value = value[:, None, :]
         if value.dim() > 2 or (value.dim() == 2 and site.is_matrix):
-            value = self._along(value, -2, _positions(original, where.offset(self.site)), where, where.has_room(self.site))
+            value = self._along(value, -2, positions_of(original, where.offset(self.site)), where, where.has_room(self.site))
         if value.dim() and site.is_matrix:
             keys = torch.arange(original.shape[-1], device=original.device) + where.key_offset
             value = self._along(value, -1, keys, where, where.filled is not None)
         return value
 
     def _along(self, value: Tensor, dim: int, positions: Tensor, where: Where, has_room: bool) -> Tensor:
-        """The entries of a value for these absolute positions. Raises SpecError if it has none for one that is used."""
+        """The entries of a value for these absolute positions. Raises SpecError if it has none for one that is used.
+
+        A compiled graph that takes the position from a cache cannot raise: there such an entry is NaN, and so is what follows.
+        """
         available = value.shape[dim]
         if available == 1 and (self.entry is None or self.entry.value.dim() == 2):
             return value  # one for all positions
-        if not torch.compiler.is_compiling():
-            used = positions
-            if dim == -2 and self.edit.positions is not None:
-                used = used[torch.isin(used, torch.tensor(self.edit.positions, device=used.device))]
-            if has_room:
-                used = used[used < where.filled]
-            if used.numel() and int(used.max()) >= available:
-                raise SpecError(
-                    describe(
-                        f"cut {self.number} at {self.address} {self.site}",
-                        f"values for {available} positions, used at position {int(used.max())}",
-                        "a value for every position that is cut",
-                        f"Restrict the cut, for example positions=range({available}).",
-                    )
+        found = value.index_select(value.dim() + dim, positions.clamp(max=available - 1))
+        missing = positions >= available
+        if dim == -2 and self.edit.positions is not None:
+            missing = missing & torch.isin(positions, torch.tensor(self.edit.positions, device=positions.device))
+        if has_room:
+            missing = missing & (positions < where.filled)
+        if torch.compiler.is_compiling():
+            return torch.where(missing.view(-1, *[1] * (-1 - dim)), torch.nan, found)
+        if bool(missing.any()):
+            last = int(positions[missing].max())
+            raise SpecError(
+                describe(
+                    f"cut {self.number} at {self.address} {self.site}",
+                    f"values for {available} positions, used at position {last}",
+                    "a value for every position that is cut",
+                    f"Restrict the cut, for example positions=range({available}).",
                 )
-        return value.index_select(value.dim() + dim, positions.clamp(max=available - 1))
+            )
+        return found
 
     def _refuse_decoding(self, where: Where) -> None:
         offset = where.offset(self.site) if not SITES[self.site].over_keys else where.query_offset
@@ -371,40 +300,3 @@ class Operation:
                     "Pass reference=collect_reference(model, data), or use_cache=False.",
                 )
             )
-
-
-class _Gradient(torch.autograd.Function):
-    """Forward: `value`. Backward: `factor` times the gradient to `original`, none to `value`.
-
-    A function rather than value + (original - original.detach()), which is NaN where masked scores are infinite.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(original: Tensor, value: Tensor, factor: float) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.factor = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.factor, None, None
-
-
-def _with_gradient(original: Tensor, value: Tensor, factor: float) -> Tensor:
-    if factor == 0.0 or not (torch.is_grad_enabled() and original.requires_grad):
-        return value.detach()
-    return _Gradient.apply(original, value.detach(), factor)
-
-
-def _positions(x: Tensor, offset: Any) -> Tensor:
-    return torch.arange(x.shape[2], device=x.device) + offset
-
-
-def _rows_one_hot(target: Tensor, like: Tensor) -> Tensor:
-    """(.., query) key numbers -> (.., query, key) rows with a single 1."""
-    keys = torch.arange(like.shape[-1], device=like.device)
-    return (target[..., None] == keys).to(like.dtype)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy import Anatomy, Attention
-from surgery.core import Plan
 from surgery.errors import NoMatchError, SpecError, describe, listing
 from surgery.interventions import Operation
+from surgery.plan import Plan
 from surgery.reference import ANY
 from surgery.sites import SITES
 from surgery.spec import Edit, Spec
@@ -118,12 +118,7 @@ def _problems(placement: Placement, fingerprint: str) -> list[str]:
     found = []
     if edit.heads != "all" and (beyond := [head for head in edit.heads if head >= attention.heads]):
         return [describe(what, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")]
-    projection = {"q": "q", "k": "k", "result": "o"}.get(edit.site)
-    if projection is not None and projection not in attention.projections:
-        instead = {"q": "rot_q", "k": "rot_k", "result": "z"}[edit.site]
-        found.append(
-            describe(what, f"site {edit.site!r}: {attention.why[projection]}", "a site that exists", f"Use site {instead!r}.")
-        )
+    found += attention.problem_at(edit.site, what)
     if edit.site == "k" and edit.gqa == "isolated" and attention.group_size > 1 and edit.heads != "all":
         group = attention.group_size
         if any({h // group for h in edit.heads} & {h // group} and h not in edit.heads for h in range(attention.heads)):

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from surgery.errors import MaskError, describe
 
+Rows = tuple[int, int]
+
 _KNOWN = ("eager", "sdpa", "flex_attention")
 
 
@@ -42,18 +44,25 @@ class Mask:
 
 
 def to_additive(
-    implementation: str, mask: Any, query: Tensor, key: Tensor, module: nn.Module, kwargs: Mapping[str, Any]
+    implementation: str,
+    mask: Any,
+    query: Tensor,
+    key: Tensor,
+    module: nn.Module,
+    kwargs: Mapping[str, Any],
+    rows: Rows | None = None,
 ) -> Mask:
     """The additive equivalent of a mask made for `implementation`.
 
     query: (batch, head, query, d_head), key: (batch, kv_head, key, d_head), both as the core gets them.
-    Raises MaskError for a format that this file does not know.
+    rows: first and last + 1 of the queries wanted; None for all. Raises MaskError for a format that this file does not know.
     """
     n_queries, n_keys = query.shape[2], key.shape[2]
+    rows = (0, n_queries) if rows is None else rows
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if "flash" in implementation:
-        return _from_flash(mask, query, key, bool(causal), kwargs)
+        return _from_flash(mask, query, key, bool(causal), kwargs, rows)
     if mask is None:
         if implementation not in _KNOWN and n_queries > 1 and causal:
             raise MaskError(
@@ -65,16 +74,17 @@ def to_additive(
                 )
             )
         if implementation == "sdpa" and n_queries > 1 and causal:
-            return _from_boolean(_triangle(n_queries, n_keys, 0, query.device)[None, None], query.dtype)
+            allowed = _numbers(rows, query.device)[:, None] >= torch.arange(n_keys, device=query.device)
+            return _from_boolean(allowed[None, None], query.dtype)
         return Mask(None, None)
     if isinstance(mask, Tensor):
         if mask.dim() == 4 and mask.dtype == torch.bool:
-            return _from_boolean(mask[..., :n_keys], query.dtype)
+            return _from_boolean(_of_rows(mask, rows)[..., :n_keys], query.dtype)
         if is_additive(mask):
-            mask = mask[..., :n_keys]
+            mask = _of_rows(mask, rows)[..., :n_keys]
             return Mask(mask, mask > torch.finfo(mask.dtype).min / 2)
     elif hasattr(mask, "mask_mod"):
-        return _from_boolean(_from_block_mask(mask, query.shape[0], n_queries, n_keys, query.device), query.dtype)
+        return _from_boolean(_from_block_mask(mask, query.shape[0], rows, n_keys, query.device), query.dtype)
     raise MaskError(
         describe(
             f"attention mask for attn_implementation={implementation!r} at {type(module).__name__}",
@@ -96,12 +106,16 @@ def _from_boolean(allowed: Tensor, dtype: torch.dtype) -> Mask:
     return Mask(torch.where(allowed, zero, torch.finfo(dtype).min), allowed)
 
 
-def _triangle(n_queries: int, n_keys: int, offset: int, device: torch.device) -> Tensor:
-    rows = torch.arange(n_queries, device=device)[:, None] + offset
-    return rows >= torch.arange(n_keys, device=device)[None, :]
+def _numbers(rows: Rows, device: torch.device) -> Tensor:
+    return torch.arange(*rows, device=device)
 
 
-def _from_flash(mask: Any, query: Tensor, key: Tensor, causal: bool, kwargs: Mapping[str, Any]) -> Mask:
+def _of_rows(mask: Tensor, rows: Rows) -> Tensor:
+    """The rows of a mask, which may have one for all queries."""
+    return mask if mask.shape[2] == 1 else mask[:, :, slice(*rows)]
+
+
+def _from_flash(mask: Any, query: Tensor, key: Tensor, causal: bool, kwargs: Mapping[str, Any], wanted: Rows) -> Mask:
     batch, n_queries, n_keys, device = query.shape[0], query.shape[2], key.shape[2], query.device
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise MaskError(
@@ -109,7 +123,7 @@ def _from_flash(mask: Any, query: Tensor, key: Tensor, causal: bool, kwargs: Map
         )
     # On a static cache the mask is shorter than the keys: what it does not reach is not filled yet.
     reach = n_keys if mask is None else min(n_keys, mask.shape[1])
-    rows = torch.arange(n_queries, device=device)[:, None] + (reach - n_queries)
+    rows = _numbers(wanted, device)[:, None] + (reach - n_queries)
     columns = torch.arange(n_keys, device=device)[None, :]
     allowed = (rows >= columns if causal else torch.ones_like(rows >= columns))[None]
     window = kwargs.get("sliding_window")
@@ -121,9 +135,9 @@ def _from_flash(mask: Any, query: Tensor, key: Tensor, causal: bool, kwargs: Map
     if mask is not None:
         keys = torch.nn.functional.pad(mask.bool()[:, -n_keys:], (0, n_keys - reach))
         allowed = allowed & keys[:, None, :]
-        empty = ~keys[:, reach - n_queries : reach] if 1 < n_queries <= reach else None
+        empty = ~keys[:, reach - n_queries :][:, slice(*wanted)] if 1 < n_queries <= reach else None
     elif (document := _documents(batch, n_queries, n_keys, device, kwargs)) is not None:
-        allowed = allowed & (document[:, :, None] == document[:, None, :])
+        allowed = allowed & (document[:, slice(*wanted), None] == document[:, None, :])
     result = _from_boolean(allowed[:, None], query.dtype)
     return Mask(result.additive, result.allowed, empty)
 
@@ -144,10 +158,10 @@ def _documents(batch: int, n_queries: int, n_keys: int, device: torch.device, kw
     return (positions == positions.min()).cumsum(-1)
 
 
-def _from_block_mask(mask: Any, batch: int, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    index = [torch.arange(n, device=device) for n in (batch, 1, n_queries, n_keys)]
-    grid = (index[0][:, None, None, None], index[1][None, :, None, None], index[2][None, None, :, None], index[3])
-    return mask.mask_mod(*grid).expand(batch, 1, n_queries, n_keys)
+def _from_block_mask(mask: Any, batch: int, rows: Rows, n_keys: int, device: torch.device) -> Tensor:
+    batches, heads, keys = (torch.arange(n, device=device) for n in (batch, 1, n_keys))
+    grid = (batches[:, None, None, None], heads[None, :, None, None], _numbers(rows, device)[None, None, :, None], keys)
+    return mask.mask_mod(*grid).expand(batch, 1, rows[1] - rows[0], n_keys)
 
 
 def _shape(mask: Any) -> str:

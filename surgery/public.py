@@ -1,9 +1,9 @@
 """The public names, all of them and nothing else. `surgery` loads this file when one of them is first used."""
 
-from surgery.anatomy import find_anatomy as find_anatomy
 from surgery.captures import Run as Run
 from surgery.captures import capture as capture
 from surgery.collect import collect_reference as collect_reference
+from surgery.derive import find_anatomy as find_anatomy
 from surgery.errors import CacheError as CacheError
 from surgery.errors import MaskError as MaskError
 from surgery.errors import NoMatchError as NoMatchError

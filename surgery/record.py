@@ -16,108 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from surgery.family import IMPLEMENTATION, Family, input_width, is_projection, projection_width
+from surgery.labels import BASE, Labelled
 
 QUERIES, SOURCE = 3, 5
 """Lengths of the recorded sequence and of the cross-attended one: small, and different from one another."""
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_BASE = 1 << 32  # label = owner * _BASE + channel; -1 is "not from a projection"
-
-_STRUCTURAL = _names(
-    "view reshape transpose permute contiguous split split_with_sizes chunk unbind __getitem__ cat concat stack flatten "
-    "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
-    "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
-)
-_SUMS = _names("add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
-_FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
-_MIXING = _names("linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d __matmul__ __rmatmul__")
-
-
-def _first_of_pairs(labels: Tensor) -> Tensor:
-    """A complex number bears the first label of its two channels, if they are neighbours."""
-    first, second = labels.unbind(-1)
-    return torch.where((first >= 0) & (second == first + 1), first, -1)
-
-
-def _both_of_pairs(labels: Tensor) -> Tensor:
-    return torch.stack([labels, torch.where(labels >= 0, labels + 1, -1)], dim=-1)
-
-
-_PAIRS = {"view_as_complex": _first_of_pairs, "view_as_real": _both_of_pairs}
-
-
-class Labelled(Tensor):
-    """A tensor with a label for each entry. Values do not matter; shapes and labels do."""
-
-    labels: Tensor
-
-    @staticmethod
-    def make(value: Tensor, labels: Tensor) -> Labelled:
-        new = value.detach().as_subclass(Labelled)
-        new.labels = labels
-        return new
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        with torch._C.DisableTorchFunctionSubclass():
-            given = [a for a in _flat((args, kwargs)) if isinstance(a, Labelled)]
-            device = given[0].device if given else None
-            plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
-            out = func(*plain[0], **plain[1])
-            if name in _STRUCTURAL or (name == "__get__" and isinstance(out, Tensor)):
-                labels = tree_map(_labels, (args, kwargs))
-                return _attach(out, func(*labels[0], **labels[1]))
-            if name in _PAIRS:
-                return Labelled.make(out, _PAIRS[name](args[0].labels))
-            if name in _FRESH or name in _MIXING:
-                return Labelled.make(out, torch.full(out.shape, -1))
-        return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
-
-
-def _flat(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
-
-
-def _plain(value: Any, device: torch.device | None) -> Any:
-    if isinstance(value, Tensor):
-        value = value.as_subclass(Tensor)
-        return value.to(device) if device is not None and value.device != device else value
-    return value
-
-
-def _labels(value: Any) -> Any:
-    if isinstance(value, Labelled):
-        return value.labels
-    if isinstance(value, Tensor) and value.dtype != torch.bool and value.is_floating_point():
-        return torch.full(value.shape, -1)
-    return value
-
-
-def _attach(out: Any, labels: Any) -> Any:
-    if isinstance(out, Tensor):
-        return Labelled.make(out, labels)
-    if isinstance(out, list | tuple):
-        return type(out)(_attach(o, lab) for o, lab in zip(out, labels, strict=True))
-    return out
-
-
-def _hand_on(out: Any, given: list[Labelled], is_sum: bool) -> Any:
-    if isinstance(out, Tensor):
-        fitting = [source.labels for source in given if source.labels.shape == out.shape]
-        if is_sum and len(fitting) > 1 and bool(((fitting[0] // _BASE) != (fitting[1] // _BASE)).any()):
-            return Labelled.make(out, torch.full(out.shape, -1))  # of two projections: neither alone made it
-        if fitting:
-            return Labelled.make(out, fitting[0])
-    return out
 
 
 @dataclass
@@ -138,11 +42,11 @@ class Recording:
     calls: int = 0
 
     def owner(self, label: int) -> str:
-        return self.projections[label // _BASE]
+        return self.projections[label // BASE]
 
     def ends_in(self, projection: str) -> bool:
         """Whether the forward's output is that projection's, by views and elementwise arithmetic, as far as one can tell."""
-        owners = self.labels["output"].div(_BASE, rounding_mode="floor")
+        owners = self.labels["output"].div(BASE, rounding_mode="floor")
         return not owners.numel() or bool((owners == self.projections.index(projection)).any())
 
 
@@ -169,7 +73,7 @@ class _State:
                 record.labels[name] = tensor.labels[0, :, -1].clone()
         batch, heads, queries, _ = query.shape
         width = value.shape[-1]
-        labels = (torch.arange(heads * width).view(heads, width) + _Z * _BASE).expand(batch, queries, heads, width)
+        labels = (torch.arange(heads * width).view(heads, width) + _Z * BASE).expand(batch, queries, heads, width)
         plain = value.as_subclass(Tensor)
         return Labelled.make(plain.new_ones(batch, queries, heads, width), labels.contiguous()), None
 
@@ -188,8 +92,8 @@ class _Stub:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         record = self.recording
-        if isinstance(x, Labelled) and bool((x.labels >= _Z * _BASE).any()):
-            record.output = (self.name, (x.labels.reshape(-1, x.shape[-1])[-1] - _Z * _BASE).clone())
+        if isinstance(x, Labelled) and bool((x.labels >= _Z * BASE).any()):
+            record.output = (self.name, (x.labels.reshape(-1, x.shape[-1])[-1] - _Z * BASE).clone())
         elif isinstance(x, Labelled) and bool((x.labels >= 0).any()):
             record.inputs[self.name] = record.owner(int(x.labels.max()))
         if self.name not in record.projections:
@@ -199,7 +103,7 @@ class _Stub:
         assert width is not None
         shape = (*x.shape[:-1], width)
         value = torch.ones(shape, dtype=self.dtype, device=self.device)
-        return Labelled.make(value, (torch.arange(width) + owner * _BASE).expand(shape).contiguous())
+        return Labelled.make(value, (torch.arange(width) + owner * BASE).expand(shape).contiguous())
 
 
 class _Chain(list[Any]):
@@ -307,18 +211,18 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
         members["config"] = property(lambda self: config_view(self.__dict__["config"]))
     view: Any = object.__new__(type(base.__name__, (base,), members))
     attributes = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward", "_surgery")}
-    attributes.update({hooks: {} for hooks in _HOOKS})
+    attributes.update({hooks: {} for hooks in HOOKS})
     # Some forwards move a buffer to the inputs' device and set it again: here that must not reach the module.
     attributes["_buffers"] = dict(module._buffers)
     view.__dict__.update(attributes, _surgery=_State(recording))
     return view
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return "_hf_hook" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in _HOOKS)
+    return "_hf_hook" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in HOOKS)
 
 
 def _type_of(module: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -126,18 +126,21 @@ class Reference:
     @classmethod
     def load(cls, path: str | Path) -> Reference:
         """Reads what `save` wrote. Raises SpecError if the file is not a reference."""
-        with safe_open(str(path), framework="pt") as file:
-            description = (file.metadata() or {}).get("reference")
-            if description is None:
-                raise SpecError(
-                    describe(
-                        f"Reference.load({str(path)!r})",
-                        "a safetensors file without a reference in its metadata",
-                        "a file that Reference.save wrote",
-                        "Pass that file.",
-                    )
-                )
-            return cls.from_description(json.loads(description), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+
+        def refuse(found: str) -> SpecError:
+            return SpecError(
+                describe(f"Reference.load({str(path)!r})", found, "a file that Reference.save wrote", "Pass that file.")
+            )
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                description = json.loads((file.metadata() or {}).get("reference", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise refuse(f"a file that cannot be read ({error})") from None
+        if description is None:
+            raise refuse("a safetensors file without a reference in its metadata")
+        return cls.from_description(description, tensors)
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from surgery.interventions import Heads
+from surgery.where import Heads
 
 if TYPE_CHECKING:
     from surgery.core import Surgery
+
+
+Replay = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
@@ -31,9 +37,13 @@ class Tap:
         self.sites[site], self._chosen[site] = channels, Heads(channels.flatten().tolist())
 
     def __call__(self, projection: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        replay = _replay(projection, x.device) if "result" in self.sites else contextlib.nullcontext
         output = projection(x, *args, **kwargs)
         for site, channels in self.sites.items():
-            output = self._result(projection, x, output, channels) if site == "result" else self._rows(site, output, channels)
+            if site == "result":
+                output = self._result(projection, x, output, channels, replay)
+            else:
+                output = self._rows(site, output, channels)
         return output
 
     def _rows(self, site: str, output: Tensor, channels: Tensor) -> Tensor:
@@ -46,17 +56,37 @@ class Tap:
             return output
         return chosen.put(output, edited.transpose(1, 2).reshape(shape).flatten(-2), -1)
 
-    def _result(self, projection: nn.Module, x: Tensor, output: Tensor, channels: Tensor) -> Tensor:
+    def _result(self, projection: nn.Module, x: Tensor, output: Tensor, channels: Tensor, replay: Replay) -> Tensor:
         """result: what each head adds to the output; changed by adding the difference, so other heads stay exact."""
         heads = self.surgery.result_heads
-        parts = torch.stack([head_result(projection, x, channels[head]) for head in heads], dim=1)
+        parts = torch.stack([head_result(projection, x, channels[head], replay) for head in heads], dim=1)
         edited = self.surgery.at("result", parts, heads)
         if not self.surgery.plan.of("result"):
             return output
         return output + (edited - parts).sum(dim=1)
 
 
-def head_result(projection: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
+def _replay(projection: nn.Module, device: torch.device) -> Replay:
+    """Contexts in which a projection with active dropout (an adapter's) draws what it draws in the call that follows now.
+
+    The parts of its output are parts only under one draw, and watching them must not move the user's random numbers on.
+    """
+    if not any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in projection.modules()):
+        return contextlib.nullcontext
+    is_cpu = device.type == "cpu"
+    generator = torch if is_cpu else torch.get_device_module(device)
+    state = generator.get_rng_state()
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with torch.random.fork_rng([] if is_cpu else [device], device_type="cuda" if is_cpu else device.type):
+            generator.set_rng_state(state)
+            yield
+
+    return context
+
+
+def head_result(projection: nn.Module, x: Tensor, channels: Tensor, replay: Replay = contextlib.nullcontext) -> Tensor:
     """(batch, query, d_model): what some input channels add to a linear map's output, its bias left out.
 
     A plain map gives its own rows of the weight. Any other (quantised, adapted, offloaded) computes it itself, on an input
@@ -68,7 +98,10 @@ def head_result(projection: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
         return x.index_select(-1, channels) @ (weight[channels] if type(projection) is Conv1D else weight[:, channels].t())
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, channels.to(x.device), True)
     # Not projection(..): the user's hooks there fire once in a forward, for the whole output.
-    return projection.forward(torch.where(mask, x, 0)) - projection.forward(torch.zeros_like(x[:1, :1]))
+    with replay():
+        part = projection.forward(torch.where(mask, x, 0))
+    with replay():
+        return part - projection.forward(torch.zeros_like(x[:1, :1]))
 
 
 class Tapped:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import surgery.unfused
 from benchmarks import machine, memory, models, overhead, patching, results, table
 from benchmarks.timing import Pairs, Spread, interleave
 from surgery import Edit, Spec, patched
@@ -104,7 +105,8 @@ def test_what_computes_something_else_is_not_timed() -> None:
 
 @pytest.fixture(scope="module")
 def peaks() -> dict[str, dict[str, int]]:
-    with torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(surgery.unfused, "BLOCK_ENTRIES", {"cpu": 512 * 16})  # as many blocks as a long sequence has
         return {case: memory.measure(case, 512) for case in memory.CASES}
 
 
@@ -113,11 +115,10 @@ def test_peak_memory_counts_matrices(peaks: dict[str, dict[str, int]]) -> None:
     grown = {case: (found["peak"] - peaks["fused"]["peak"]) / matrix for case, found in peaks.items()}
     assert matrix == 512 * 512 * 4
     assert grown["no-op"] == 0
-    # At least the matrix itself; one head never what twelve cost.
-    for case in ("capture-one", "scores-one", "pattern-one"):
-        assert 1 <= grown[case] < memory.HEADS
-    # Scores, what they are changed to, and the result.
-    assert 2 <= (grown["scores-all"] - grown["scores-one"]) / 11 <= 4
+    # What is captured stays; what is computed on the way goes, block by block.
+    assert 1 <= grown["capture-one"] < 1.3
+    assert all(0 <= grown[case] < 0.5 for case in ("scores-one", "pattern-one"))
+    assert grown["scores-all"] < 3, "their z is one and a half matrices"
     assert grown["eager"] > memory.HEADS
 
 

@@ -545,12 +545,17 @@ RUN_TIME: dict[str, tuple[Any, type[Exception], str]] = {
     "another batch": (
         Edit("z", "activation", reference=torch.zeros(3, 4, 9, HEAD_WIDTH)),
         SpecError,
-        r"shape \(3, 4, 9, 16\); expected batch 2 \(or 1\) and width 16\. Capture",
+        r"shape \(3, 4, 9, 16\); expected batch 2 \(or 1\) and width 16\. Give values",
     ),
     "another length": (
         Edit("z", "activation", reference=torch.zeros(2, 4, 6, HEAD_WIDTH)),
         SpecError,
         r"cut 0 at self\.0 z: found values for 6 positions, used at position 8; expected a value for every position",
+    ),
+    "values of another batch": (
+        Edit("z", "add", torch.zeros(3, 4, 1, HEAD_WIDTH)),
+        SpecError,
+        r"shape \(3, 4, 1, 16\); expected batch 2 \(or 1\) and width 16\. Give values",
     ),
     "another length of means": (
         Freeze("ov", to="mean", reference=torch.zeros(4, 6, HEAD_WIDTH)),

@@ -888,14 +888,16 @@ def test_an_unknown_attention_is_listed_and_never_skipped_in_silence() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("halfway"), KeyboardInterrupt()], ids=["error", "interrupt"])
-@pytest.mark.parametrize("place", ["attach", "_set_class", "owner_class", "verify", "lower"])
+@pytest.mark.parametrize("place", ["swap.attach", "swap.set_class", "swap.owner_class", "patch.verify", "patch.lower"])
 def test_a_failure_halfway_leaves_the_model_as_it_was(
     place: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, given = build("bert"), inputs("bert")
     add_hook_to_module(first(model), Counting())
     plain = logits(model, given)
-    own = getattr(surgery.patch, place)
+    file, _, name = place.partition(".")
+    owner = getattr(surgery, file)
+    own = getattr(owner, name)
     spec = Spec([Edit("result", "scale", 0.5), Freeze("ov", heads=[1])])
 
     def fail_at(call: int, *expected: Any) -> None:
@@ -909,7 +911,7 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(
 
         before, spec_before = snapshot(model), surgery.patch.session_of(model)
         with monkeypatch.context() as patch:
-            patch.setattr(surgery.patch, place, failing)
+            patch.setattr(owner, name, failing)
             with pytest.raises(type(error)):
                 patch_model(model, spec)
         assert left[0] <= 0, "the failure must come"
@@ -917,14 +919,14 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(
         assert surgery.patch.session_of(model) is spec_before
         assert torch.equal(logits(model, given), expected[0])
 
-    for call in (1,) if place == "lower" else (1, 2):
+    for call in (1,) if name == "lower" else (1, 2):
         fail_at(call, plain)
-    if place in ("verify",):
+    if name == "verify":
         return
     # The same on a model that was patched already: it keeps its cuts.
     patch_model(model, CUTS["qk"])
     cut = logits(model, given)
-    for call in (1,) if place in ("lower", "owner_class", "_set_class") else (1, 2):
+    for call in (1,) if name in ("lower", "owner_class", "set_class") else (1, 2):
         fail_at(call, cut)
     unpatch_model(model)
     assert torch.equal(logits(model, given), plain)

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery import CacheError, Edit, SpecError
+from surgery import CacheError, Edit, SpecError, templates
 from surgery.cuts import ACTIONS, REPLACING, TEMPLATES, TRANSFORMING
-from surgery.interventions import Heads, Operation, Where
+from surgery.interventions import Operation
 from surgery.noise import gaussian
 from surgery.reference import Entry
 from surgery.sites import SITES
+from surgery.where import Heads, Where
 
 torch.set_num_threads(1)
 
@@ -724,7 +725,7 @@ def test_constant_activations_have_no_noise() -> None:
 
 def test_activations_of_another_batch_or_width() -> None:
     edit = Edit("z", "activation", reference=torch.zeros(2, 2, 3, 2))
-    with pytest.raises(SpecError, match=r"shape \(2, 2, 3, 2\); expected batch 3 \(or 1\) and width 2\. Capture"):
+    with pytest.raises(SpecError, match=r"shape \(2, 2, 3, 2\); expected batch 3 \(or 1\) and width 2\. Give values"):
         apply(edit, X.expand(3, 2, 3, 2))
     with pytest.raises(SpecError, match="expected batch 2"):
         apply(edit, torch.zeros(2, 2, 3, 5))
@@ -733,5 +734,5 @@ def test_activations_of_another_batch_or_width() -> None:
 
 
 def test_every_action_has_its_arithmetic() -> None:
-    known = {name.removeprefix("_by_") for name in vars(Operation) if name.startswith("_by_")}
-    assert known == set(ACTIONS) == set(REPLACING) | set(TRANSFORMING) | set(TEMPLATES)
+    known = {name.removeprefix("_by_") for name in vars(Operation) if name.startswith("_by_")} - {"template"}
+    assert known | set(templates.TEMPLATES) == set(ACTIONS) == set(REPLACING) | set(TRANSFORMING) | set(TEMPLATES)

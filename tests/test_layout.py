@@ -18,10 +18,15 @@ ROOT = Path(__file__).parent.parent
 
 # Files from the ground up: each imports only files above it. A new file goes where it belongs, with everything it needs above.
 ORDER = [
-    "surgery.errors", "surgery.sites", "surgery.family", "surgery.noise", "surgery.fields", "surgery.reference", "surgery.cuts",
-    "surgery.spec", "surgery.interventions",                                                              # what is cut
-    "surgery.record", "surgery.interface", "surgery.anatomy", "surgery.rewrite", "surgery.masks", "surgery.cache",  # a model
-    "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.patch",                  # its surgery
+    "surgery.errors", "surgery.sites", "surgery.family", "surgery.noise", "surgery.fields", "surgery.reference",
+    "surgery.values", "surgery.cuts", "surgery.spec", "surgery.where", "surgery.templates",
+    "surgery.gradient",
+    "surgery.interventions",                                                                              # what is cut
+    "surgery.labels", "surgery.record", "surgery.interface", "surgery.addresses", "surgery.anatomy", "surgery.derive",
+    "surgery.reconstruction", "surgery.trace", "surgery.rewrite", "surgery.samples", "surgery.verify", "surgery.masks",
+    "surgery.cache",                                                                                      # a model
+    "surgery.plan", "surgery.unfused", "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.swap",
+    "surgery.patch",                                                                                      # its surgery
     "surgery.captures", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
     "surgery.factored", "surgery.linear", "surgery.heads", "surgery.weights",                             # its weights
     "surgery.public", "surgery",                                                                          # the names

@@ -23,9 +23,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache, StaticCache
 
 import surgery.core
+import surgery.unfused
 from surgery import CacheError, Edit, Freeze, MaskError, capture, patch_model, unpatch_model
 from surgery.masks import Mask, to_additive
-from surgery.rewrite import Reconstruction
+from surgery.reconstruction import Reconstruction
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 LOW = torch.finfo(torch.float32).min
@@ -340,7 +341,8 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, int]]
         seen.append((kind, (query.shape[2], key.shape[2])))
         return to_additive(implementation, mask, query, key, *args)
 
-    monkeypatch.setattr(surgery.core, "to_additive", spy)
+    for file in (surgery.core, surgery.unfused):
+        monkeypatch.setattr(file, "to_additive", spy)
     return seen
 
 
@@ -667,12 +669,14 @@ def test_cuts_outside_the_matrix_stay_in_the_flash_kernel(
         assert len(flash.calls) == LAYERS
 
 
+@pytest.mark.parametrize("entries", [1 << 20, 40], ids=["at once", "in blocks"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("site", ["scores", "pattern"])
 @pytest.mark.parametrize("name", KERNEL)
 def test_a_matrix_cut_takes_only_its_heads_out_of_the_flash_kernel(
-    name: str, site: str, padding: str, flash: SlowFlash
+    name: str, site: str, padding: str, entries: int, flash: SlowFlash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(surgery.unfused, "BLOCK_ENTRIES", {"other": entries})
     model, reference = build(name, "flash_attention_2"), FAMILIES[name].build("eager")
     cut = Edit(site, "scale", 0.5, layers=[0], heads=[2])
     with capture(model, "z", layers=[0]) as before:
@@ -742,8 +746,10 @@ def test_two_way_models_beside_flash(name: str, padding: str, flash: SlowFlash) 
 FLEX = ("llama", "mistral", "gpt2", "gemma2", "bert", "bart")
 
 
+@pytest.mark.parametrize("entries", [1 << 20, 40], ids=["at once", "in blocks"])
 @pytest.mark.parametrize("name", FLEX)
-def test_beside_flex_attention(name: str) -> None:
+def test_beside_flex_attention(name: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surgery.unfused, "BLOCK_ENTRIES", {"other": entries})
     model, inputs = build(name, "flex_attention"), FAMILIES[name].inputs()
     layer = "decoder.self.0" if name == "bart" else 0
     cut = Edit("pattern", "scale", 0.5, layers=[layer], heads=[2])

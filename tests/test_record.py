@@ -79,7 +79,7 @@ def test_projections_in_a_row_are_those_of_the_last(low: nn.Linear) -> None:
     )
     attention = find_anatomy(model).attentions[0]
     assert attention.projections["q"].path == "attention.q.1" and attention.projections["o"].path == "attention.o.0"
-    with pytest.raises(PatchError, match=r"q: the projection 'attention.q.1' is an entry of a list.*Use the sites rot_q"):
+    with pytest.raises(PatchError, match=r"q: the projection 'attention.q.1' is an entry of a list.*Use site 'rot_q'"):
         patch_model(model, Edit("q", "zero"))
     x = torch.randn(2, 6, D_MODEL)
     before = model.eval()["attention"](x)

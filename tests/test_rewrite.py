@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import surgery.rewrite
 from surgery import ParityError, UnsupportedArchitectureError, find_anatomy, patch_model
 from surgery.anatomy import Attention
-from surgery.core import sample_arguments
 from surgery.family import Family
-from surgery.patch import verify
-from surgery.rewrite import Reconstruction, Rewriter
+from surgery.reconstruction import Reconstruction
+from surgery.rewrite import Rewriter
+from surgery.samples import sample_arguments
 from surgery.sites import CORE_SITES
+from surgery.verify import verify
 
 POINT = re.compile(r"point\(at, '(\w+)', \w+\)")
 
@@ -399,7 +400,7 @@ def test_every_trace_is_made_while_patching(name: str, monkeypatch: pytest.Monke
     def refuse(*args: Any) -> Any:
         raise AssertionError("traced in a forward")
 
-    monkeypatch.setattr(surgery.rewrite, "_trace", refuse)
+    monkeypatch.setattr(surgery.rewrite, "trace", refuse)
     for training, padding in ((False, 0), (False, 3), (True, 0), (True, 3)):
         given = family.inputs(padding=padding)
         model.train(training)

@@ -27,9 +27,10 @@ from surgery import (
 )
 from surgery.core import Surgery
 from surgery.interventions import Operation
-from surgery.patch import session_of, verify
-from surgery.rewrite import Reconstruction
+from surgery.patch import session_of
+from surgery.reconstruction import Reconstruction
 from surgery.selftest import dummy_inputs
+from surgery.verify import verify
 
 torch.set_num_threads(1)
 
@@ -197,7 +198,7 @@ def test_an_edit_whose_arithmetic_is_lost(monkeypatch: Any) -> None:
 def test_a_kernel_that_skips_the_points(monkeypatch: Any) -> None:
     """A point that is planned but never reached is an error of the forward itself."""
     model = patch_model(FAMILIES["llama"].build("sdpa"), Edit("pattern", "uniform", layers=[1]))
-    monkeypatch.setattr(Surgery, "_with_matrix", lambda self, output, *rest: output)
+    monkeypatch.setattr("surgery.core.with_matrix", lambda surgery, output, call: output)
     with pytest.raises(SurgeryError, match=r"'model\.layers\.1\.self_attn': found a forward that never came to pattern"):
         self_test(model)
     assert session_of(model).watch is None  # type: ignore[union-attr]
@@ -214,7 +215,7 @@ def test_a_reconstruction_that_is_wrong_is_refused_when_patching(name: str, monk
         output, weights = whole(self, at, module, arguments)
         return output * (1 + 2**-20), weights
 
-    monkeypatch.setattr("surgery.patch._VERIFIED", set())
+    monkeypatch.setattr("surgery.verify._VERIFIED", set())
     with monkeypatch.context() as patch:
         patch.setattr(Reconstruction, "__call__", wrong)
         for _ in range(2):

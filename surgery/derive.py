@@ -1,0 +1,151 @@
+"""Deriving a model's anatomy: every attention module recorded on stubs, and read off the labels that arrive."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from surgery.addresses import find_addresses
+from surgery.anatomy import Anatomy, Attention, Projection
+from surgery.errors import NoMatchError, UnsupportedArchitectureError, describe, listing
+from surgery.family import Family, computes_attention, find_family
+from surgery.interface import attend as _registered  # noqa: F401 (importing it registers our implementation)
+from surgery.labels import BASE
+from surgery.record import record, record_parent
+
+
+def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
+    """Every attention module of a model.
+
+    strict: raise if the model holds attention that cannot be reconstructed; otherwise list it in `unsupported`.
+    Raises UnsupportedArchitectureError, naming all such modules, and NoMatchError if there is no attention at all.
+    """
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    families = {m: f for m in paths if (f := find_family(m)) is not None}
+    inline = [m for m in paths if m not in families and computes_attention(m)]
+    unsupported = [
+        f"{paths[m][0]!r} ({type(m).__name__}): a softmax over a product of its projections, computed inline"
+        for m in inline
+        # A model's own softmax is that of its head and of sampling, if attention is in its parts.
+        if not (isinstance(m, PreTrainedModel) and any(part in families or part in inline for part in list(m.modules())[1:]))
+    ]
+    named = find_addresses({m: p for m, p in paths.items() if m in families})
+    attentions = []
+    for module, (addresses, kind, layer) in named.items():
+        try:
+            attentions.append(_examine(model, module, tuple(paths[module]), families[module], addresses, kind, layer))
+        except UnsupportedArchitectureError as error:
+            unsupported.append(str(error))
+    if unsupported and strict:
+        raise UnsupportedArchitectureError(
+            listing(f"{type(model).__name__} holds attention that cannot be patched", unsupported)
+            + "\nDescribe these classes in a file like those in patches/, or pass strict=False to leave them as they are."
+        )
+    if not attentions:
+        raise NoMatchError(
+            describe(
+                type(model).__name__, "no attention module", "at least one", "Pass a transformers model with softmax attention."
+            )
+        )
+    base = getattr(type(model), "_surgery_base", type(model))
+    return Anatomy(tuple(attentions), tuple(unsupported), base.__name__)
+
+
+def _examine(
+    model: nn.Module,
+    module: nn.Module,
+    paths: tuple[str, ...],
+    family: Family,
+    addresses: tuple[str, ...],
+    kind: Literal["self", "cross"],
+    layer: int,
+) -> Attention:
+    try:
+        found = record(module, family, kind == "cross")
+    except Exception as error:
+        raise UnsupportedArchitectureError(
+            describe(
+                f"{paths[0]!r} ({type(module).__name__})",
+                f"a forward that cannot be recorded ({type(error).__name__}: {error})",
+                "a forward that runs on small tensors",
+                "Give the arguments that it needs in a file in patches/.",
+            )
+        ) from error
+    (_, heads, _, d_head), (_, kv_heads, _, _), (_, _, _, d_value) = (found.shapes[n] for n in "qkv")
+    if heads % kv_heads:
+        raise UnsupportedArchitectureError(
+            describe(f"{paths[0]!r}", f"{heads} heads over {kv_heads} kv heads", "a whole number of heads per kv head", "")
+        )
+    core_groups, kv_heads = heads // kv_heads, _distinct(found.labels.get("v"), kv_heads)
+    attention = Attention(
+        addresses[0], paths, module, family, kind, layer, found, heads, kv_heads, d_head, d_value, addresses, core_groups
+    )
+    for site in ("q", "k", "v"):
+        _derive_input(attention, site)
+    _derive_output(model, attention)
+    return attention
+
+
+def _distinct(labels: Tensor | None, heads: int) -> int:
+    """The number of kv heads: a family that repeats them before the core shows rows that are equal, one group at a time."""
+    if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
+        return heads
+    changes = 1 + int((labels[1:] != labels[:-1]).any(dim=-1).sum())
+    return changes if heads % changes == 0 else heads
+
+
+def _derive_input(attention: Attention, site: str) -> None:
+    labels = attention.recording.labels.get(site)
+    if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
+        attention.why[site] = f"{site} does not come from a projection by views and elementwise arithmetic alone"
+        return
+    owners = sorted({attention.recording.owner(int(label)) for label in labels.flatten()})
+    channels = labels.remainder(BASE)
+    if len(owners) > 1:
+        attention.why[site] = f"{site} is joined from the projections {', '.join(owners)}"
+        return
+    if site != "q":
+        channels = channels[:: channels.shape[0] // attention.kv_heads]
+    if channels.unique().numel() < channels.numel():
+        attention.why[site] = f"{site} heads share channels of {owners[0]}"
+        return
+    # A tap is set on the module that calls the projection: the last attribute is its name there.
+    inner, _, name = owners[0].rpartition(".")
+    owner = ".".join(part for part in (attention.path, inner) if part)
+    attention.projections[site] = Projection(owner, name, _order(channels) if site in "qk" else channels)
+
+
+def _order(channels: Tensor) -> Tensor:
+    """Channels of a head in stored order: positions may have turned pairs of them round on the way to the core."""
+    return channels.sort(dim=-1).values
+
+
+def _derive_output(model: nn.Module, attention: Attention) -> None:
+    recording, owner = attention.recording, attention.path
+    parent, _, child = attention.path.rpartition(".")
+    if recording.output is None and recording.labels["output"].numel():
+        try:
+            recording, owner = record_parent(model.get_submodule(parent), child, recording), parent
+        except Exception as error:  # any failure of a foreign forward means the same: not derived
+            attention.why["o"] = f"the parent {parent!r} cannot be recorded ({type(error).__name__}: {error})"
+            return
+    if recording.output is None:
+        attention.why["o"] = "z does not reach a projection by views and elementwise arithmetic alone"
+        return
+    name, labels = recording.output
+    if not recording.ends_in(name):
+        attention.why["o"] = f"{name}, which reads z, is not the last map before the output"
+        return
+    order = torch.argsort(labels)
+    if labels.numel() != attention.heads * attention.d_value or not torch.equal(labels[order], torch.arange(labels.numel())):
+        attention.why["o"] = f"{name} reads {labels.numel()} channels that are not the {attention.heads} heads' z, each once"
+        return
+    # A tap is set on the module that calls the projection: the last attribute is its name there.
+    inner, _, name = name.rpartition(".")
+    owner = ".".join(part for part in (owner, inner) if part)
+    attention.projections["o"] = Projection(owner, name, order.view(attention.heads, attention.d_value))

@@ -1,0 +1,109 @@
+"""Tensors that carry channel numbers through a forward: structure acts on the labels as on the values.
+
+Views, splits, permutations and joins move labels; elementwise arithmetic (positions, norms, scaling) hands on those of its
+first labelled operand; products and sums of two projections lose them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+BASE = 1 << 32  # label = owner * BASE + channel; -1 is "not from a projection"
+
+_STRUCTURAL = _names(
+    "view reshape transpose permute contiguous split split_with_sizes chunk unbind __getitem__ cat concat stack flatten "
+    "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
+    "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
+)
+_SUMS = _names("add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
+_FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
+_MIXING = _names("linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d __matmul__ __rmatmul__")
+
+
+def _first_of_pairs(labels: Tensor) -> Tensor:
+    """A complex number bears the first label of its two channels, if they are neighbours."""
+    first, second = labels.unbind(-1)
+    return torch.where((first >= 0) & (second == first + 1), first, -1)
+
+
+def _both_of_pairs(labels: Tensor) -> Tensor:
+    return torch.stack([labels, torch.where(labels >= 0, labels + 1, -1)], dim=-1)
+
+
+_PAIRS = {"view_as_complex": _first_of_pairs, "view_as_real": _both_of_pairs}
+
+
+class Labelled(Tensor):
+    """A tensor with a label for each entry. Values do not matter; shapes and labels do."""
+
+    labels: Tensor
+
+    @staticmethod
+    def make(value: Tensor, labels: Tensor) -> Labelled:
+        new = value.detach().as_subclass(Labelled)
+        new.labels = labels
+        return new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        with torch._C.DisableTorchFunctionSubclass():
+            given = [a for a in _flat((args, kwargs)) if isinstance(a, Labelled)]
+            device = given[0].device if given else None
+            plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
+            out = func(*plain[0], **plain[1])
+            if name in _STRUCTURAL or (name == "__get__" and isinstance(out, Tensor)):
+                labels = tree_map(_labels, (args, kwargs))
+                return _attach(out, func(*labels[0], **labels[1]))
+            if name in _PAIRS:
+                return Labelled.make(out, _PAIRS[name](args[0].labels))
+            if name in _FRESH or name in _MIXING:
+                return Labelled.make(out, torch.full(out.shape, -1))
+        return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
+
+
+def _flat(tree: Any) -> list[Any]:
+    return tree_leaves(tree)
+
+
+def _plain(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        value = value.as_subclass(Tensor)
+        return value.to(device) if device is not None and value.device != device else value
+    return value
+
+
+def _labels(value: Any) -> Any:
+    if isinstance(value, Labelled):
+        return value.labels
+    if isinstance(value, Tensor) and value.dtype != torch.bool and value.is_floating_point():
+        return torch.full(value.shape, -1)
+    return value
+
+
+def _attach(out: Any, labels: Any) -> Any:
+    if isinstance(out, Tensor):
+        return Labelled.make(out, labels)
+    if isinstance(out, list | tuple):
+        return type(out)(_attach(o, lab) for o, lab in zip(out, labels, strict=True))
+    return out
+
+
+def _hand_on(out: Any, given: list[Labelled], is_sum: bool) -> Any:
+    if isinstance(out, Tensor):
+        fitting = [source.labels for source in given if source.labels.shape == out.shape]
+        if is_sum and len(fitting) > 1 and bool(((fitting[0] // BASE) != (fitting[1] // BASE)).any()):
+            return Labelled.make(out, torch.full(out.shape, -1))  # of two projections: neither alone made it
+        if fitting:
+            return Labelled.make(out, fitting[0])
+    return out

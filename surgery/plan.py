@@ -1,0 +1,99 @@
+"""What the modules of a patched model are to do: a plan each, and one session for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from surgery.anatomy import Anatomy
+from surgery.interventions import Operation
+from surgery.spec import Spec
+
+
+@dataclass
+class Probe:
+    """A request to see a site: `take(tensor, offset)` gets (batch, head, .., ..) of the wanted heads; None for all.
+
+    offset: the absolute position of the tensor's first row.
+
+    At k and v, None gives one row per kv head (after cuts at v, per query head, for they may differ then), a choice of heads
+    what each of these query heads reads.
+    """
+
+    site: str
+    heads: tuple[int, ...] | None
+    take: Callable[[Tensor, Any], None]
+
+
+@dataclass
+class Plan:
+    """What one module does: operations and probes by site, in spec order. reconstruct: never use a fused kernel."""
+
+    operations: dict[str, list[Operation]] = field(default_factory=dict)
+    probes: dict[str, list[Probe]] = field(default_factory=dict)
+    reconstruct: bool = False
+
+    @property
+    def sites(self) -> set[str]:
+        return set(self.operations) | set(self.probes)
+
+    def of(self, site: str) -> list[Operation]:
+        return self.operations.get(site, [])
+
+    def heads_at(self, sites: Iterable[str], heads: int, probes: bool = True) -> tuple[int, ...]:
+        """The heads that any operation (and any probe) at these sites concerns."""
+        chosen: set[int] = set()
+        for site in sites:
+            for operation in self.of(site):
+                chosen.update(operation.heads)
+            for probe in self.probes.get(site, ()) if probes else ():
+                chosen.update(range(heads) if probe.heads is None else probe.heads)
+        return tuple(sorted(chosen))
+
+
+@dataclass
+class Session:
+    """What the patched modules of one model share: spec, kernel, anatomy, and which of its cuts have run.
+
+    watch(operation, before, after): sees every operation act, for the self-test. forward: the addresses that the present
+    forward of the model has run; is_inside: one of them has not come to its end (or never will, if it raised).
+    """
+
+    spec: Spec = field(default_factory=Spec)
+    kernel: str = "auto"
+    anatomy: Anatomy | None = None
+    planned: frozenset[str] = frozenset()
+    runs: dict[str, int] = field(default_factory=dict)
+    watch: Callable[[Operation, Tensor, Tensor], None] | None = None
+    report: Callable[[Sequence[str]], None] | None = None
+    forward: set[str] = field(default_factory=set)
+    is_inside: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "anatomy": None}
+
+    def enter(self, address: str) -> None:
+        """Counts a run of a module. When one runs a second time, modules that never ran were left out by a whole forward."""
+        if self.is_inside:
+            self.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
+        self.runs[address] = self.runs.get(address, 0) + 1
+        if address in self.forward:
+            self.forward.clear()
+            silent = sorted(self.planned - set(self.runs))
+            report, self.report = self.report, None
+            if silent and report is not None:
+                report(silent)
+        self.forward.add(address)
+        self.is_inside = True
+
+    def leave(self) -> None:
+        """Ends what `enter` began."""
+        self.is_inside = False
+
+    @property
+    def never_ran(self) -> list[str]:
+        """Addresses with cuts or captures that never ran although others did."""
+        return sorted(self.planned - set(self.runs)) if self.forward and not self.is_inside else []
