@@ -59,7 +59,7 @@ class Session:
     """What the patched modules of one model share: spec, kernel, anatomy, and which of its cuts have run.
 
     watch(operation, before, after): sees every operation act, for the self-test. forward: the addresses that the present
-    forward of the model has run; is_inside: one of them has not come to its end (or never will, if it raised).
+    forward of the model has run, and last of them; is_inside: it has not come to its end (or never will, if it raised).
     """
 
     spec: Spec = field(default_factory=Spec)
@@ -70,23 +70,28 @@ class Session:
     watch: Callable[[Operation, Tensor, Tensor], None] | None = None
     report: Callable[[Sequence[str]], None] | None = None
     forward: set[str] = field(default_factory=set)
+    last: str = ""
     is_inside: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "anatomy": None}
 
     def enter(self, address: str) -> None:
-        """Counts a run of a module. When one runs a second time, modules that never ran were left out by a whole forward."""
+        """Counts a run of a module. When one runs again after another, modules that never ran were left out by a forward.
+
+        Again at once says nothing: layers may share a module.
+        """
         if self.is_inside:
             self.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
         self.runs[address] = self.runs.get(address, 0) + 1
-        if address in self.forward:
+        if address in self.forward and address != self.last:
             self.forward.clear()
             silent = sorted(self.planned - set(self.runs))
             report, self.report = self.report, None
             if silent and report is not None:
                 report(silent)
         self.forward.add(address)
+        self.last = address
         self.is_inside = True
 
     def leave(self) -> None:

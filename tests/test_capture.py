@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import D_MODEL, DECODERS, FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import AlbertConfig, AlbertModel, StaticCache
 
 from surgery import (
     Edit,
@@ -633,6 +633,21 @@ def test_nothing_is_reported_of_models_that_run_everything(name: str) -> None:
     model.generate(**inputs, max_new_tokens=3, do_sample=False)
     for row in inspect_model(model):
         assert row.runs == 3
+    unpatch_model(model)
+
+
+def test_modules_that_several_layers_call_are_not_taken_for_a_second_forward() -> None:
+    """Four layers, two modules: the first runs twice before the second has run at all."""
+    config = AlbertConfig(
+        vocab_size=67, embedding_size=8, hidden_size=D_MODEL, num_hidden_layers=4, num_hidden_groups=2,
+        num_attention_heads=HEADS, intermediate_size=40, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AlbertModel(config).eval()
+    patch_model(model, Freeze("both"))
+    for _ in range(3):
+        model(torch.arange(12).view(2, 6))
+    assert [row.runs for row in inspect_model(model)] == [6, 6]
     unpatch_model(model)
 
 
