@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -64,23 +64,6 @@ class Edit(Value):
     gqa: Gqa = "isolated"
     reference: Any = None
     seed: Seed = 0
-
-    if TYPE_CHECKING:
-
-        def __init__(
-            self,
-            site: str,
-            action: Any,
-            value: Any = None,
-            layers: Any = "all",
-            heads: Any = "all",
-            backward: str = "natural",
-            strength: float = 1.0,
-            positions: Any = None,
-            gqa: str = "isolated",
-            reference: Any = None,
-            seed: int = 0,
-        ) -> None: ...
 
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
@@ -141,22 +124,6 @@ class Freeze(Value):
     gqa: Gqa = "isolated"
     reference: Any = None
     seed: Seed = 0
-
-    if TYPE_CHECKING:
-
-        def __init__(
-            self,
-            circuit: str,
-            layers: Any = "all",
-            heads: Any = "all",
-            to: Any = "zero",
-            backward: str = "stopgrad",
-            strength: float = 1.0,
-            positions: Any = None,
-            gqa: str = "isolated",
-            reference: Any = None,
-            seed: int = 0,
-        ) -> None: ...
 
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:

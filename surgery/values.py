@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Any, dataclass_transform
 from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,8 +15,18 @@ from torch import Tensor
 from surgery.errors import SpecError, describe, listing
 from surgery.reference import Reference, is_same
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
-class Value(BaseModel):
+
+@dataclass_transform(frozen_default=True)
+class _Positional(ModelMetaclass):
+    """Fields are positional arguments, as in a dataclass; pydantic tells type checkers that they are keywords only."""
+
+
+class Value(BaseModel, metaclass=_Positional):
     """Immutable, positional construction, equality by content, our errors in place of pydantic's, all of them at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -33,6 +44,13 @@ class Value(BaseModel):
             problems = [self._problem(e) for e in error.errors()]
         if problems or disagreements:
             raise SpecError(listing(type(self).__name__, [*problems, *disagreements]))
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        # What help, notebooks and editors show.
+        fields = {name: Parameter.empty if info.is_required() else info.default for name, info in cls.model_fields.items()}
+        kind = Parameter.POSITIONAL_OR_KEYWORD
+        cls.__signature__ = Signature([Parameter(name, kind, default=default) for name, default in fields.items()])
 
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -600,3 +601,9 @@ def test_edits_at_different_sites_act_in_the_order_of_computation() -> None:
             model(**inputs)
         # Rows of the pattern sum to 1, so that v = 1 everywhere gives z = 1; rounding of that sum.
         assert torch.allclose(run[0, "z"], torch.tensor(2.0), atol=1e-5)
+
+
+def test_help_shows_the_fields_as_arguments() -> None:
+    shown = "(circuit, layers='all', heads='all', to='zero', backward='stopgrad', strength=1.0, positions=None, "
+    assert str(inspect.signature(Freeze)) == shown + "gqa='isolated', reference=None, seed=0)"
+    assert str(inspect.signature(Edit)).startswith("(site, action, value=None, layers='all'")
