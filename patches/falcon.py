@@ -36,7 +36,6 @@ def eager(
     value: Tensor,
     attention_mask: Tensor | None,
     alibi: Tensor | None = None,
-    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """alibi: (batch, head, 1, key), in the dtype of the hidden states, which autocast does not change."""
     is_multi_query = module.multi_query and not module.new_decoder_architecture
@@ -45,7 +44,7 @@ def eager(
     if attention_mask is not None:
         scores = scores + attention_mask
     pattern = F.softmax(scores, dim=-1, dtype=(query if alibi is None else alibi).dtype)
-    weights = F.dropout(pattern, p=dropout, training=module.training)
+    weights = pattern if alibi is None else module.attention_dropout(pattern)
     return (weights @ value).transpose(1, 2), weights
 
 

@@ -32,14 +32,13 @@ def eager(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float = 1.0,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     scores = baddbmm(query, key, scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
     pattern = nn.functional.softmax(scores, dim=-1).type(value.dtype)
-    weights = nn.functional.dropout(pattern, p=dropout, training=module.training)
+    weights = module.attn_dropout(pattern)
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 

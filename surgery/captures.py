@@ -16,6 +16,7 @@ from surgery.plan import Probe
 from surgery.reference import Entry, Reference
 from surgery.sites import SITES
 from surgery.spec import Edit
+from surgery.where import Where
 
 
 class Run:
@@ -27,12 +28,12 @@ class Run:
     def __init__(self, anatomy: Anatomy, wanted: Sequence[tuple[str, str, tuple[int, ...] | None]], detach: bool) -> None:
         self._anatomy, self._detach = anatomy, detach
         self._steps: dict[tuple[str, str], list[Tensor]] = {(address, site): [] for address, site, _ in wanted}
-        self._offsets: dict[tuple[str, str], Any] = {}
+        self._where: dict[tuple[str, str], Where] = {}
         self._heads = {(address, site): heads for address, site, heads in wanted}
 
-    def _take(self, key: tuple[str, str], tensor: Tensor, offset: Any) -> None:
+    def _take(self, key: tuple[str, str], tensor: Tensor, where: Where) -> None:
         self._steps[key].append(tensor.detach() if self._detach else tensor)
-        self._offsets[key] = offset
+        self._where[key] = where
 
     def __getitem__(self, key: tuple[str | int, str]) -> Tensor:
         """(batch, head, .., ..). Raises NoMatchError if that was not asked for, or has not run."""
@@ -44,6 +45,15 @@ class Run:
 
     def steps(self, address: str | int, site: str) -> list[Tensor]:
         """The tensors of every forward in the block, in order: one per decoding step, for example."""
+        if not isinstance(address, str | int) or not isinstance(site, str):
+            raise NoMatchError(
+                describe(
+                    f"run[{address!r}, {site!r}]",
+                    "no address and site",
+                    "for example 3 or 'self.3', and 'pattern'",
+                    "Name one.",
+                )
+            )
         key = (self._anatomy[address].address, site)
         if not self._steps.get(key):
             found = ", ".join(f"{a} {s}" for a, s in self) or "nothing"
@@ -76,8 +86,9 @@ class Run:
 
         Raises SpecError if that forward was a step with a KV cache, so that its first position is not the sequence's first.
         """
-        if late := {f"{a} {s}": int(self._offsets[a, s]) for a, s in self if bool(self._offsets[a, s] > 0)}:
-            where, offset = next(iter(late.items()))
+        offsets = {f"{a} {s}": int(self._where[a, s].offset(s)) for a, s in self}
+        if late := [(where, offset) for where, offset in offsets.items() if offset > 0]:
+            where, offset = late[0]
             raise SpecError(
                 describe(
                     "Run.reference",
@@ -92,6 +103,8 @@ class Run:
     def _entry(self, key: tuple[str, str], tensor: Tensor) -> Entry:
         """Rows as a reference has them: at v one per query head, at k one per kv head."""
         attention, (_, site), heads = self._anatomy[key[0]], key, self._heads[key]
+        if self._where[key].has_room(site):
+            tensor = tensor[:, :, : int(self._where[key].filled)]  # the rest of a static cache is empty
         if site == "v" and heads is None:
             tensor = tensor.repeat_interleave(attention.heads // tensor.shape[1], 1)
         elif site == "k" and heads is not None:

@@ -94,8 +94,9 @@ def collect_reference(
         raise SpecError(describe("collect_reference", "no data", "at least one batch", "Pass a non-empty iterable."))
     entries = {}
     for key, moments in state.items():
-        if empty := (moments.count == 0).flatten().nonzero().flatten().tolist():
-            where = f"at positions {empty[:5]}" if per_position else "at any position"
+        missing = moments.count[:, 0, 0] == 0 if per_position else moments.count[0] == 0
+        if empty := missing.nonzero().flatten().tolist():
+            where = f"at positions {', '.join(map(str, empty))}" if per_position else "at any position"
             raise SpecError(
                 describe(
                     f"collect_reference: {' '.join(key)}",

@@ -195,7 +195,7 @@ class Surgery:
         for probe in self.plan.probes.get(site, ()):
             seen = self._seen(site, tensor, probe.heads, held)
             if show is None:
-                probe.take(seen, self.where.offset(site))
+                probe.take(seen, self.where)
             else:
                 show(probe, seen)
         return tensor

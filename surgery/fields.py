@@ -31,6 +31,11 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return tuple(item.tolist() if hasattr(item, "tolist") else item for item in value)
 
 
+def _single(value: Any) -> Any:
+    """The number in an array or tensor that holds a single one."""
+    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) in ((), (1,)) else value
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -61,14 +66,14 @@ def _check_layers(value: Any) -> Any:
 
 
 def _check_strength(value: Any) -> float:
-    value = value.item() if hasattr(value, "item") else value
+    value = _single(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
         raise ValueError(describe("strength", repr(value), "a number from 0 to 1", "1 replaces entirely, 0 not at all."))
     return float(value)
 
 
 def _check_seed(value: Any) -> int:
-    value = value.item() if hasattr(value, "item") else value
+    value = _single(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(describe("seed", repr(value), "a whole number", "For example seed=0."))
     return value

@@ -67,7 +67,7 @@ def to_additive(
         if implementation not in _KNOWN and n_queries > 1 and causal:
             raise MaskError(
                 describe(
-                    f"{type(module).__name__} with attn_implementation={implementation!r}",
+                    f"{_name(module)} with attn_implementation={implementation!r}",
                     "no mask at a causal attention, under an implementation that is not known",
                     f"a mask, or one of {', '.join(_KNOWN)}, whose meaning of None is known",
                     'Load the model with attn_implementation="sdpa" or "eager".',
@@ -87,7 +87,7 @@ def to_additive(
         return _from_boolean(_from_block_mask(mask, query.shape[0], rows, n_keys, query.device), query.dtype)
     raise MaskError(
         describe(
-            f"attention mask for attn_implementation={implementation!r} at {type(module).__name__}",
+            f"attention mask for attn_implementation={implementation!r} at {_name(module)}",
             f"{_shape(mask)}",
             "a boolean or additive mask (batch, head, query, key), (batch, key) for flash, a BlockMask for flex, or None",
             'Load the model with attn_implementation="sdpa" or "eager".',
@@ -162,6 +162,13 @@ def _from_block_mask(mask: Any, batch: int, rows: Rows, n_keys: int, device: tor
     batches, heads, keys = (torch.arange(n, device=device) for n in (batch, 1, n_keys))
     grid = (batches[:, None, None, None], heads[None, :, None, None], _numbers(rows, device)[None, None, :, None], keys)
     return mask.mask_mod(*grid).expand(batch, 1, rows[1] - rows[0], n_keys)
+
+
+def _name(module: nn.Module) -> str:
+    """The class of an attention module, and its path where it is patched."""
+    own = getattr(type(module), "_surgery_base", type(module)).__name__
+    path = getattr(getattr(module, "_surgery", None), "path", None)
+    return own if path is None else f"{path!r} ({own})"
 
 
 def _shape(mask: Any) -> str:

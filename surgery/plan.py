@@ -11,13 +11,12 @@ from torch import Tensor
 from surgery.anatomy import Anatomy
 from surgery.interventions import Operation
 from surgery.spec import Spec
+from surgery.where import Where
 
 
 @dataclass
 class Probe:
-    """A request to see a site: `take(tensor, offset)` gets (batch, head, .., ..) of the wanted heads; None for all.
-
-    offset: the absolute position of the tensor's first row.
+    """A request to see a site: `take(tensor, where)` gets (batch, head, .., ..) of the wanted heads; None for all.
 
     At k and v, None gives one row per kv head (after cuts at v, per query head, for they may differ then), a choice of heads
     what each of these query heads reads.
@@ -25,7 +24,7 @@ class Probe:
 
     site: str
     heads: tuple[int, ...] | None
-    take: Callable[[Tensor, Any], None]
+    take: Callable[[Tensor, Where], None]
 
 
 @dataclass

@@ -107,8 +107,10 @@ class Reference:
                 )
                 for e in data["entries"]
             }
+            if data["kind"] not in ("mean", "activation"):
+                raise ValueError(f"a reference of kind {data['kind']!r}")
             return cls(data["kind"], entries, data["model"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise SpecError(
                 describe(
                     "Reference.from_description",

@@ -254,4 +254,4 @@ class _Seen:
     def hand_on(self, where: Where) -> None:
         """Gives each probe its whole tensor."""
         for probe, seen in self.of_probes.values():
-            probe.take(seen.whole(), where.offset(probe.site))
+            probe.take(seen.whole(), where)

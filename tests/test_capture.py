@@ -577,6 +577,11 @@ def test_what_was_not_captured() -> None:
         run[7, "z"]
     with pytest.raises(NoMatchError, match=r"'self\.\*' selects 2; expected exactly one"):
         run["self.*", "z"]
+    for key in ("self.0", 0, ("self.0",), ("self.0", "z", 1)):
+        with pytest.raises(
+            NoMatchError, match=rf"run\[{re.escape(repr(key))}\]: found one key; expected an address and a site"
+        ):
+            run[key]
 
 
 # -- captures and cuts that never run -----------------------------------------------------------------------------------

@@ -367,6 +367,22 @@ def test_no_data(data: Any) -> None:
         collected(built("llama"), data)
 
 
+def test_data_that_is_padding() -> None:
+    """A mean over nothing is no mean, of all positions or of one of them."""
+    model, inputs = built("llama"), FAMILIES["llama"].inputs(padding=0)
+    masks = [torch.ones_like(inputs["attention_mask"]) for _ in range(2)]
+    masks[0][:], masks[1][:, :2] = 0, 0
+    nothing, late = ({**inputs, "attention_mask": mask} for mask in masks)
+    with pytest.raises(SpecError, match=r"self\.0 z: found no token at any position; expected at least one\. Check the data's"):
+        collected(model, [nothing], "z")
+    for data in ([nothing], [late], [late, late]):
+        with pytest.raises(SpecError, match=r"self\.0 z: found no token at positions \[0, 1.*expected at least one\. Check"):
+            collected(model, data, "z", per_position=True)
+    assert len(collected(model, [nothing, late], "z")) == LAYERS
+    # Another batch has tokens there.
+    assert len(collected(model, [late, inputs], "z", per_position=True)) == LAYERS
+
+
 @pytest.mark.parametrize("data", [torch.zeros(1, 3), {"input_ids": torch.zeros(1, 3)}, 3], ids=["tensor", "mapping", "number"])
 def test_one_batch_is_no_data_set(data: Any) -> None:
     with pytest.raises(SpecError, match=r"found data of type (Tensor|dict|int); expected an iterable of batches\. Pass a list"):
@@ -400,6 +416,15 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(SpecError, match=r"other\.safetensors'\): found a safetensors file without a reference"):
         Reference.load(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors in here", encoding="utf-8")
+    (tmp_path / "empty.safetensors").touch()
+    save_file({"a": torch.zeros(1)}, tmp_path / "broken.safetensors", {"reference": '{"kind": '})
+    for name in ("text", "empty", "broken"):
+        with pytest.raises(SpecError, match=rf"{name}\.safetensors'\): found a file that cannot be read .*Pass that file"):
+            Reference.load(tmp_path / f"{name}.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "list.safetensors", {"reference": "[1]"})
+    with pytest.raises(SpecError, match=r"found a description that cannot be read \(TypeError"):
+        Reference.load(tmp_path / "list.safetensors")
     with pytest.raises(SpecError, match=r"Reference\.from_description: found a description that cannot be read"):
         Reference.from_description({"kind": "mean"}, {})
     description, _ = Reference("mean", {("a", "z"): Entry(torch.zeros(1, 1))}).describe("")

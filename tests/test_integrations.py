@@ -142,11 +142,16 @@ TARGETS = {
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": None, "t5": "SEQ_2_SEQ_LM"}
 
 
-def lora(name: str, model: Any) -> Any:
+def lora(name: str, model: Any, **options: Any) -> Any:
     """The model with random adapters, always the same ones."""
     torch.manual_seed(5)
     config = LoraConfig(
-        r=2, target_modules=TARGETS[name], init_lora_weights=False, task_type=TASKS[name], fan_in_fan_out=name == "gpt2"
+        r=2,
+        target_modules=TARGETS[name],
+        init_lora_weights=False,
+        task_type=TASKS[name],
+        fan_in_fan_out=name == "gpt2",
+        **options,
     )
     return get_peft_model(model, config)
 
@@ -232,6 +237,41 @@ def test_adapters_switched_off_under_cuts() -> None:
     model = patch_model(lora("llama", build("llama")), CUTS["several"])
     with model.disable_adapter():
         assert torch.equal(logits(model, given), logits(patch_model(build("llama"), CUTS["several"]), given))
+
+
+@by_family
+def test_results_of_an_adapter_with_dropout_are_parts_of_one_draw(name: str) -> None:
+    """Watching them draws nothing of its own: neither the output nor the random numbers that follow change."""
+    model, given = lora(name, build(name), lora_dropout=0.5, lora_alpha=16).train(), inputs(name, padding=0)
+    attentions, modules = list(find_anatomy(model)), dict(model.named_modules())
+    outputs: dict[str, Tensor] = {}
+    for a in attentions:
+        place = modules[a.projections["o"].path]
+        place.register_forward_hook(lambda m, args, out, address=a.address: outputs.update({address: out}))
+
+    def run(seed: int = 3) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        return logits(model, given), torch.rand(4)
+
+    expected, following = run()
+    with capture(model, "result", ["*"]) as parts:
+        found, then = run()
+    assert torch.equal(found, expected) and torch.equal(then, following)
+    drawn = dict(outputs)
+    other, _ = run(4)
+    assert not torch.allclose(other, expected, atol=1e-2), "dropout must act, or this test shows nothing"
+    for a in attentions:
+        bias = modules[a.projections["o"].path].base_layer.bias
+        total = parts[a.address, "result"].sum(1) + (0.0 if bias is None else bias)
+        # Sums over heads in another order: some roundings of float32, as a part of the largest entry.
+        bound = 1e-6 * float(drawn[a.address].abs().max())
+        assert float((total - drawn[a.address]).abs().max()) <= bound
+        assert float((total - outputs[a.address]).abs().max()) > 1e3 * bound, "another draw is told apart"
+    for factor in (1.0, 0.5):
+        patch_model(model, Edit("result", "scale", factor, ["*"], [1, 3]))
+        found, then = run()
+        assert torch.equal(then, following)
+        assert torch.equal(found, expected) == (factor == 1.0)
 
 
 # -- accelerate ---------------------------------------------------------------------------------------------------------------
@@ -448,6 +488,39 @@ def test_exported_models(dynamo: None, name: str, cut: str, strict: bool) -> Non
     assert torch.equal(logits(model, given, **more), expected) == (cut == "none")
 
 
+# -- functional gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("circuit", ["both", "pattern"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_functional_gradients_are_those_of_autograd(name: str, circuit: str) -> None:
+    """Straight-through gradients, of a batch and of each of its rows."""
+    # Not sdpa: torch has no batching rule for its kernel on a CPU.
+    model, ids = build(name, "eager"), inputs(name, batch=3, padding=0)["input_ids"]
+    model.config.use_cache = False
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+    def cut(backward: str) -> Any:
+        if circuit == "both":
+            return Freeze("both", heads=[0, 2], backward=backward)
+        return Edit("pattern", "uniform", heads=[1, 2], backward=backward)
+
+    def loss(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+        out = torch.func.functional_call(model, parameters, args=(), kwargs={"input_ids": ids}).logits
+        return (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+
+    patch_model(model, cut("ste"))
+    expected = gradients(model, {"input_ids": ids})
+    # Both add up in orders of their own.
+    assert_close(torch.func.grad(loss)(parameters, ids), expected)
+    by_row = torch.func.vmap(torch.func.grad(lambda p, row: loss(p, row[None])), in_dims=(None, 0))(parameters, ids)
+    rows = [gradients(model, {"input_ids": row[None]}) for row in ids]
+    assert_close(by_row, {n: torch.stack([row[n] for row in rows]) for n in parameters})
+    patch_model(model, cut("stopgrad"))
+    with pytest.raises(AssertionError):
+        assert_close(torch.func.grad(loss)(parameters, ids), expected)
+
+
 # -- what belongs to the user stays -------------------------------------------------------------------------------------------
 
 
@@ -502,6 +575,37 @@ def test_user_hooks_may_change_what_flows() -> None:
         results.append(logits(patch_model(model, CUTS["z"]), given))
     assert torch.equal(*results)
     assert not torch.equal(results[0], logits(patch_model(build("llama"), CUTS["z"]), given))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+@pytest.mark.parametrize("name", ["gptj", "codegen", "bloom", "gpt_neo", "gpt2_reordered", "falcon_alibi"])
+def test_user_hooks_on_the_dropout_of_a_pattern_fire_as_before(name: str, kernel: Any) -> None:
+    """And what they give back is what goes on: these families drop out by a module of their own, inside the core."""
+    model, given = build(name, "eager"), inputs(name)
+    unhooked = logits(model, given)
+    calls: list[str] = []
+
+    def halve(address: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            calls.append(address)
+            return output * 0.5
+
+        return hook
+
+    for a in find_anatomy(model):
+        [dropout] = [m for n, m in a.module.named_children() if n in ("attn_dropout", "attention_dropout")]
+        dropout.register_forward_hook(halve(a.address))
+    hooked = logits(model, given)
+    assert calls == ["self.0", "self.1"] and not torch.allclose(hooked, unhooked, atol=1e-2)
+    # The last of these changes nothing, and yet takes every module through our reconstruction.
+    for cut in (Edit("pattern", "scale", 0.5, heads=[1]), Freeze("ov", heads=[1]), None, Edit("pattern", "identity")):
+        calls.clear()
+        patch_model(model, cut, kernel=kernel)
+        with capture(model, ["pattern", "z"]):
+            assert calls == []
+            found = logits(model, given)
+        assert calls == ["self.0", "self.1"], str(cut)
+    assert torch.equal(found, hooked)
 
 
 def test_hooks_on_an_adapted_output_projection_fire_once_beside_a_result_cut() -> None:

@@ -21,6 +21,8 @@ from families import FAMILIES, LAYERS, LENGTH, VOCAB
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import surgery.core
 import surgery.unfused
@@ -459,6 +461,39 @@ def test_a_mask_of_unknown_format_names_the_module() -> None:
     model = patch_model(build("llama", "flash_attention_2"), kernel="eager")
     with pytest.raises(MaskError, match=r"flash.*found torch.bool of shape \(2, 1, 9, 9\)"), torch.no_grad():
         model(tokens(), attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_no_mask_under_an_unknown_implementation_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes no masks for a function that the user registered: what None means there is that function's own."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "own kernel", sdpa_attention_forward)
+    model, eager, inputs = build(name, "own kernel"), FAMILIES[name].build("eager"), FAMILIES[name].inputs(padding=0)
+    found = r"attn_implementation='own kernel': found no mask at a causal attention.*expected a mask, or one of"
+    layer = "decoder.self.1" if name == "bart" else 1
+    cuts = [Edit("scores", "scale", 0.5, [layer], [1]), Edit("pattern", "uniform", layers=[layer], heads=[1])]
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for cut in cuts:
+            with pytest.raises(MaskError, match=found):
+                patch_model(model, cut)(**inputs)
+        with pytest.raises(MaskError, match=found):
+            patch_model(model, kernel="eager")(**inputs)
+        with pytest.raises(MaskError, match=found), capture(patch_model(model), "pattern", [layer]):
+            model(**inputs)
+        # What needs no matrix stays in that kernel.
+        assert torch.equal(model(**inputs).logits, before)
+        cut = Freeze("both", [layer], [1])
+        expected = patch_model(eager, cut)(**inputs).logits
+        assert torch.allclose(patch_model(model, cut)(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+        if name == "bart":
+            return
+        allowed = torch.eye(LENGTH).bool() | (torch.arange(LENGTH) % 3 == 0)
+        mask = torch.where(allowed, 0.0, LOW).expand(2, 1, LENGTH, LENGTH)
+        for cut in cuts:
+            expected = patch_model(eager, cut)(tokens(), attention_mask=mask).logits
+            # Three heads of four ran in another kernel.
+            assert torch.allclose(patch_model(model, cut)(tokens(), attention_mask=mask).logits, expected, atol=1e-4, rtol=1e-4)
+            assert torch.allclose(model(tokens()[:, :1]).logits, eager(tokens()[:, :1]).logits, atol=1e-4), "one query sees all"
 
 
 def test_a_paged_cache_keeps_to_cuts_that_its_kernel_can_run() -> None:

@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
@@ -186,6 +187,8 @@ def test_positional_and_keyword_construction_agree() -> None:
         (Freeze("qk", strength=torch.tensor(0.5)), Freeze("qk", strength=0.5)),
         (Freeze("qk", positions=(2, 0)), Freeze("qk", positions=[0, 2])),
         (Freeze("qk", strength=1), Freeze("qk", strength=1.0)),
+        (Freeze("qk", seed=np.int64(3)), Freeze("qk", seed=3)),
+        (Edit("z", "noise", seed=torch.tensor(3)), Edit("z", "noise", seed=3)),
         (Edit("z", "scale", 2), Edit("z", "scale", 2.0)),
         (Edit("z", "noise", [0, 1]), Edit("z", "noise", (0.0, 1.0))),
         (Freeze("ov", to=torch.ones(1, 2, 3, 4)), Freeze("ov", to="activation", reference=torch.ones(1, 2, 3, 4))),
@@ -504,6 +507,9 @@ WRONG: list[tuple[Any, str]] = [
     (lambda: Freeze("qk", strength="1"), r"strength: found '1'"),
     (lambda: Freeze("qk", strength=True), r"strength: found True"),
     (lambda: Freeze("qk", seed="x"), r"seed: found 'x'; expected a whole number"),
+    (lambda: Freeze("qk", seed="3"), r"seed: found '3'; expected a whole number"),
+    (lambda: Freeze("qk", seed=True), r"seed: found True; expected a whole number"),
+    (lambda: Freeze("qk", seed=1.5), r"seed: found 1\.5; expected a whole number"),
     (lambda: Freeze("qk", colour="red"), r"colour: found 'red'; expected one of circuit, layers.*Remove it"),
     (lambda: Freeze(), r"circuit: found nothing; expected a value\. Pass circuit="),
     (lambda: Edit("z"), r"action: found nothing; expected a value\. Pass action="),
