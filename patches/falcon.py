@@ -36,6 +36,7 @@ def eager(
     value: Tensor,
     attention_mask: Tensor | None,
     alibi: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """alibi: (batch, head, 1, key), in the dtype of the hidden states, which autocast does not change."""
     is_multi_query = module.multi_query and not module.new_decoder_architecture

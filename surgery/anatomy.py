@@ -7,8 +7,9 @@ Addresses: [stack.]kind.layer, for example "self.3", "encoder.self.0", "decoder.
 from __future__ import annotations
 
 import fnmatch
-from collections import defaultdict
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,6 +97,29 @@ class Attention:
         return f"Attention({self.address}: {self.class_name} at {self.path!r}, {heads})"
 
 
+HERE = "\0"
+"""Stands in a message for the attentions that it holds for, until `grouped` names them."""
+
+
+def grouped(problems: Iterable[tuple[Attention, str]]) -> list[str]:
+    """Messages about attentions: each once, naming the attentions that it holds for in place of HERE."""
+    places: dict[str, list[Attention]] = {}
+    for attention, text in problems:
+        places.setdefault(text, []).append(attention)
+    return [text.replace(HERE, _place(attentions)) for text, attentions in places.items()]
+
+
+def _place(attentions: list[Attention]) -> str:
+    names = ", ".join(f"{a.address} ({a.path!r})" for a in attentions[:2])
+    return names if len(attentions) <= 2 else f"{names} and {len(attentions) - 2} more"
+
+
+def summary(fingerprint: str) -> str:
+    """A fingerprint for people: how many attentions of which kind, class and shape."""
+    counts = Counter(re.sub(r"\.\d+:", "", row) for row in fingerprint.split("; "))
+    return "; ".join(f"{count} × {row}" for row, count in counts.items())
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """All attention modules of a model, in the order of the model, and what could not be understood."""
@@ -122,22 +146,23 @@ class Anatomy:
     @property
     def fingerprint(self) -> str:
         """What a reference or captured run must share with a model: addresses, attention classes, head counts and widths."""
-        rows = ",".join(f"{a.address}:{a.class_name} {a.heads}/{a.kv_heads}x{a.d_head},{a.d_value}" for a in self.attentions)
-        return rows
+        rows = (f"{a.address}: {a.class_name} {a.heads}/{a.kv_heads} × {a.d_head}, {a.d_value}" for a in self.attentions)
+        return "; ".join(rows)
 
     def matches(self, layers: Any) -> set[str]:
-        """The addresses that layer numbers or address patterns select.
+        """The addresses that layer numbers, address patterns or module paths select.
 
         A number is the only or the decoder's self-attention of that layer. Raises NoMatchError for what matches nothing.
         """
         every = [address for attention in self.attentions for address in attention.addresses]
         if isinstance(layers, str) and layers == "all":
             return set(every)
+        by_path = {path: set(attention.addresses) for attention in self.attentions for path in attention.paths}
         chosen: set[str] = set()
         missing = []
         for item in layers:
             pattern = self._main_address(item) if isinstance(item, int) else item
-            found = {address for address in every if fnmatch.fnmatchcase(address, pattern)}
+            found = {address for address in every if fnmatch.fnmatchcase(address, pattern)} | by_path.get(item, set())
             chosen |= found
             missing += [] if found else [item]
         if missing:

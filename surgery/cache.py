@@ -46,7 +46,7 @@ def check_cache(cache: Cache, fingerprint: str, module: nn.Module, path: str) ->
                 f"{path!r}",
                 f"a KV cache of {int(filled)} positions filled under {'another spec' if stamp else 'no cuts'}",
                 "a cache filled under the cuts that the model has now",
-                "Start generation anew: the keys and values behind a cut depend on it.",
+                "Start generation anew: keys and values depend on the cuts (which may begin late: positions=range(n, m)).",
             )
         )
     setattr(cache, STAMP, fingerprint)

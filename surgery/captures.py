@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from surgery.anatomy import Anatomy, Attention
-from surgery.errors import NoMatchError, SpecError, describe, listing
+from surgery.anatomy import HERE, Anatomy, Attention, grouped
+from surgery.errors import NoMatchError, SpecError, closest, describe, listing
+from surgery.fields import listed
 from surgery.patch import Kernel, anatomy_of, probed
 from surgery.plan import Probe
 from surgery.reference import Entry, Reference
@@ -25,13 +26,17 @@ class Run:
     Addresses may be layer numbers, as in a spec. Usable as `Freeze(..., to=run)` and `Edit(..., "activation", reference=run)`.
     """
 
-    def __init__(self, anatomy: Anatomy, wanted: Sequence[tuple[str, str, tuple[int, ...] | None]], detach: bool) -> None:
-        self._anatomy, self._detach = anatomy, detach
+    def __init__(
+        self, anatomy: Anatomy, wanted: Sequence[tuple[str, str, tuple[int, ...] | None]], detach: bool, keep: str = "all"
+    ) -> None:
+        self._anatomy, self._detach, self._keep = anatomy, detach, keep
         self._steps: dict[tuple[str, str], list[Tensor]] = {(address, site): [] for address, site, _ in wanted}
         self._where: dict[tuple[str, str], Where] = {}
         self._heads = {(address, site): heads for address, site, heads in wanted}
 
     def _take(self, key: tuple[str, str], tensor: Tensor, where: Where) -> None:
+        if self._keep == "last":
+            self._steps[key].clear()
         self._steps[key].append(tensor.detach() if self._detach else tensor)
         self._where[key] = where
 
@@ -86,6 +91,10 @@ class Run:
 
         Raises SpecError if that forward was a step with a KV cache, so that its first position is not the sequence's first.
         """
+        if not len(self):
+            raise SpecError(
+                describe("Run.reference", "a capture in which no forward ran", "one forward", "Run the model within the block.")
+            )
         offsets = {f"{a} {s}": int(self._where[a, s].offset(s)) for a, s in self}
         if late := [(where, offset) for where, offset in offsets.items() if offset > 0]:
             where, offset = late[0]
@@ -125,16 +134,18 @@ def capture(
     heads: Any = "all",
     *,
     detach: bool = False,
+    keep: Literal["all", "last"] = "all",
     kernel: Kernel | None = None,
     strict: bool = True,
 ) -> Iterator[Run]:
     """Captures sites in every forward of the block, with whatever cuts the model has; the model is then as before.
 
-    sites: names of `surgery.sites.SITES`, seen after the cuts made there. layers, heads: as in a spec; with heads given, k and
-    v are what each of these query heads reads, with "all" they have one row per kv head.
+    sites: names of `surgery.sites.SITES`, seen after the cuts made there. layers, heads: as in a spec; with heads given, rows
+    are in their order, and k and v are what each of these query heads reads; with "all" k and v have one row per kv head.
     Only scores and pattern need the attention matrix: where the module's kernel is fused it is computed beside it for the
       wanted heads, and outputs stay equal bit for bit. All else is seen in the module's own kernel.
     detach: cut the captured tensors off from autograd; by default they are part of the graph.
+    keep: "all" keeps every forward of the block, which `run.steps` gives; "last" one forward's tensors alone, for long loops.
     kernel: None leaves the kernel as it is; "eager" reconstructs every module, which puts rot_q, rot_k, scores, pattern and z
       on the path to the output: needed for gradients with respect to them. What is shown of other sites, or of some heads
       only, is a copy beside that path.
@@ -142,16 +153,24 @@ def capture(
     selections that do not exist, and what patch_model raises.
     """
     sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
+    if unknown := [site for site in sites if site not in SITES]:
+        hints = "".join(closest(site, SITES) for site in unknown)
+        raise SpecError(
+            describe("capture", f"sites {unknown}", f"sites of {', '.join(SITES)}", hints.strip() or "Choose of these.")
+        )
+    if keep not in ("all", "last"):
+        raise SpecError(describe("capture", f"keep={keep!r}", "'all' or 'last'", "'last' keeps one forward's tensors only."))
     anatomy = anatomy_of(model, strict)
     # The same checks as an edit of the same selection.
     checked = [Edit(site, "identity", layers=layers, heads=heads) for site in sites]
     if not checked:
         raise SpecError(describe("capture", "no sites", "at least one", f"Choose from {', '.join(SITES)}."))
-    attentions, chosen = anatomy.select(checked[0].layers, "capture"), checked[0].heads
-    if problems := [p for a in attentions for site in sites for p in _problems(a, site, chosen)]:
+    attentions = anatomy.select(checked[0].layers, "capture")
+    chosen = None if checked[0].heads == "all" else listed(heads)
+    if problems := grouped((a, p) for a in attentions for site in sites for p in _problems(a, site, chosen)):
         raise SpecError(listing("capture", problems))
-    wanted = [(a.address, site, None if chosen == "all" else chosen) for a in attentions for site in sites]
-    run = Run(anatomy, wanted, detach)
+    wanted = [(a.address, site, chosen) for a in attentions for site in sites]
+    run = Run(anatomy, wanted, detach, keep)
     probes: dict[str, list[Probe]] = {}
     for address, site, numbers in wanted:
         probes.setdefault(address, []).append(Probe(site, numbers, functools.partial(run._take, (address, site))))
@@ -160,7 +179,6 @@ def capture(
 
 
 def _problems(attention: Attention, site: str, heads: Any) -> Iterator[str]:
-    what = f"{attention.address} ({attention.path!r})"
-    if heads != "all" and (beyond := [head for head in heads if head >= attention.heads]):
-        yield describe(what, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")
-    yield from attention.problem_at(site, what)
+    if beyond := [head for head in heads or () if head >= attention.heads]:
+        yield describe(HERE, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")
+    yield from attention.problem_at(site, HERE)

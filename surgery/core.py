@@ -75,10 +75,9 @@ class Surgery:
         for masked in (False, True):
             # Made now, so that torch.compile never meets the tracer.
             arguments = sample_arguments(self.rewriter, *self.sample, masked=masked)
-            for groups in {1, self.core_groups}:
-                graph = self.rewriter.graph(arguments, groups)
-            for site in MATRIX_SITES:
-                graph.until(site)
+            for graph in (self.rewriter.graph(arguments, groups) for groups in {1, self.core_groups}):
+                for site in MATRIX_SITES:
+                    graph.until(site)
 
     @property
     def implementation(self) -> str:

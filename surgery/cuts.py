@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SpecError, describe
-from surgery.fields import Gqa, Heads, Layers, Positions, Seed, Strength, choice
+from surgery.fields import Gqa, Heads, Layers, Positions, Seed, Strength, choice, listed
 from surgery.reference import Reference, as_reference
-from surgery.sites import SITES
+from surgery.sites import MATRIX_SITES, SITES
 from surgery.values import Value, callable_name
 
 REPLACING = ("zero", "value", "mean", "noise", "identity", "activation", "resample")
@@ -24,6 +24,8 @@ TEMPLATES = ("uniform", "diagonal", "previous", "first")
 ACTIONS = (*REPLACING, *TRANSFORMING, *TEMPLATES)
 FREEZES = ("zero", "mean", "noise", "identity", "activation", "resample")
 CIRCUITS = ("qk", "ov", "both")
+GROUPED = ("k", "rot_k", "v")
+"""The sites where query heads of a group may share a kv head."""
 _REFERRING = ("mean", "noise", "activation")
 
 
@@ -38,15 +40,14 @@ class Edit(Value):
       these replace.
       "scale" (value: factor), "add" (value: vector; steering), or a callable tensor -> tensor: these transform.
       "uniform", "diagonal", "previous", "first": pattern templates, over what the mask allows.
-    value: float, or tensor that broadcasts to (batch, head, position, d) of the selected heads,
-      these in ascending order.
+    value: float, or tensor that broadcasts to (batch, head, position, d) of the selected heads, these in the order of `heads`.
     layers: "all", layer numbers (the only or decoder self-attention) or addresses ("encoder.self.0", wildcards allowed).
     heads: "all" or numbers of query heads, from 0. positions: None (all) or absolute positions along the site's third axis
       (queries; keys at k, rot_k, v), counted from 0 with padding included.
     backward: "natural" (as the forward computes it; nothing through a replacement), "stopgrad", "ste" (see Freeze).
     strength: s in [0, 1] gives (1 - s) * original + s * edited.
-    gqa: at k, rot_k and v of grouped heads, "isolated" changes what the selected query heads read and nothing else,
-      "shared" changes the kv head, so that its whole group feels it.
+    gqa: at rot_k and v of grouped heads, "isolated" changes what the selected query heads read and nothing else, "shared"
+      changes the kv head, so that its whole group feels it. At k, where only kv heads exist, "isolated" takes whole groups.
     seed: of noise and resampling.
     At scores and pattern, entries that the mask forbids stay as they are (callables get and return them raw; "zero" at pattern
     is zero everywhere).
@@ -68,6 +69,10 @@ class Edit(Value):
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
         site, action = data.get("site"), data.get("action")
+        _sort_by_head(data)
+        if data.get("gqa", "isolated") == "shared" and site in SITES and site not in GROUPED:
+            expected = f"'isolated' at {site}, which every query head has of its own"
+            yield describe("gqa", "'shared'", expected, f"Remove it, or cut {', '.join(GROUPED)}.")
         if not callable(action) and not (isinstance(action, str) and action in ACTIONS):
             return
         yield from _agree_on_value(action, data)
@@ -96,9 +101,10 @@ class Freeze(Value):
     to: what the circuit's activations become.
       "zero": scores 0, so attention is uniform over what the mask allows (biases and sinks stay); z = 0.
       "mean": of the reference, per head and channel (and per position if it was collected so); without a reference the mean
-        over batch and positions of the current activations, which is refused when decoding with a KV cache.
+        over batch and positions, padding included, of the current activations, which is refused when decoding with a KV cache.
+        q and k that are the same at every position attend uniformly: for QK, a mean says more than zero only per position.
       "noise": Gaussian with the reference's mean and spread, or per vector with those of the activation that it replaces;
-        it depends on seed, layer, head and absolute position only.
+        it depends on seed, layer, head and absolute position only, so that all rows of a batch get the same.
       "identity": values unchanged, gradient by backward: a detached circuit.
       "activation" with reference=run (or to=run): the activations of another run.
       "resample": another row of the batch, position by position (a permutation without fixed points, drawn from
@@ -150,11 +156,22 @@ class Freeze(Value):
             sites += ["rot_q", "rot_k"]
         if self.circuit in ("ov", "both"):
             sites += ["v" if shared or self.to == "identity" else "z"]
-        same = {name: getattr(self, name) for name in Edit.model_fields if name in Freeze.model_fields}
-        return tuple(Edit(site, self.to, **same) for site in sites)
+        same = {name: getattr(self, name) for name in Edit.model_fields if name in Freeze.model_fields and name != "gqa"}
+        return tuple(Edit(site, self.to, gqa=self.gqa if site in GROUPED else "isolated", **same) for site in sites)
 
     def __str__(self) -> str:
         return f"freeze {self.circuit} to {self.to}{_selection(self)}"
+
+
+def _sort_by_head(data: dict[str, Any]) -> None:
+    """Puts the rows of a value in ascending order of their heads, as the heads themselves will be."""
+    value, heads = data.get("value"), data.get("heads", "all")
+    if not isinstance(value, Tensor) or isinstance(heads, str):
+        return
+    heads = listed(heads)
+    axis = {2: None if data.get("site") in MATRIX_SITES else 0, 3: 0, 4: 1}.get(value.dim())
+    if axis is not None and all(isinstance(head, int) for head in heads) and value.shape[axis] == len(heads) > 1:
+        data["value"] = value.index_select(axis, torch.tensor(heads, device=value.device).argsort())
 
 
 def _agree_on_reference(action: Any, data: dict[str, Any], what: str) -> Iterator[str]:
@@ -184,7 +201,7 @@ def _agree_on_value(action: Any, data: dict[str, Any]) -> Iterator[str]:
     if action in ("value", "scale", "add"):
         if isinstance(value, Tensor):
             if not value.is_meta and not bool(torch.isfinite(value).all()):
-                yield problem("NaN or infinite entries in the tensor", "finite values", "Check where the tensor comes from.")
+                yield problem("NaN or infinite entries in the tensor", "finite values", "To block a key, add -1e9 at scores.")
         elif not _is_real(value):
             yield problem(repr(value), f"a number or a tensor with action {action!r}", "Pass value=...")
         elif not math.isfinite(value):

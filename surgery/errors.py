@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
 
 
 class SurgeryError(Exception):
@@ -41,8 +43,20 @@ class NotFiredWarning(UserWarning):
     """An edit or a capture was planned but never executed during a forward pass."""
 
 
+LONGEST = 400
+"""Characters of what was found that a message shows."""
+
+
+def closest(word: Any, known: Iterable[str]) -> str:
+    """A hint at the known word that somebody may have meant, or nothing."""
+    found = get_close_matches(str(word), list(known), 1)
+    return f"Did you mean {found[0]!r}? " if found else ""
+
+
 def describe(what: str, found: str, expected: str, do: str) -> str:
-    """One message of the four parts that every error of this package has."""
+    """One message of the four parts that every error of this package has. A value of a thousand entries is cut short."""
+    if len(found) > LONGEST:
+        found = f"{found[:LONGEST]}... ({len(found):,} characters)"
     return f"{what}: found {found}; expected {expected}. {do}"
 
 

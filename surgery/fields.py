@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from surgery.errors import describe
+from surgery.errors import closest, describe
 
 
 def choice(name: str, allowed: tuple[str, ...], more: str = "") -> BeforeValidator:
@@ -15,13 +15,14 @@ def choice(name: str, allowed: tuple[str, ...], more: str = "") -> BeforeValidat
 
     def check(value: Any) -> Any:
         if not (isinstance(value, str) and value in allowed) and not (more and callable(value)):
-            raise ValueError(describe(name, repr(value), ", ".join(map(repr, allowed)) + more, "Choose one of these."))
+            do = f"{closest(value, allowed)}Choose one of these."
+            raise ValueError(describe(name, repr(value), ", ".join(map(repr, allowed)) + more, do))
         return value
 
     return BeforeValidator(check)
 
 
-def _listed(value: Any) -> tuple[Any, ...]:
+def listed(value: Any) -> tuple[Any, ...]:
     """The entries of a sequence, array or tensor of integers; a single number or word is the only entry."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, int | str):
@@ -46,7 +47,7 @@ def _numbers(name: str, everything: str | None) -> BeforeValidator:
     def check(value: Any) -> Any:
         if (value is None and everything is None) or (isinstance(value, str) and value == everything):
             return value
-        items = _listed(value)
+        items = listed(value)
         if not items or not all(map(_is_number, items)) or len(set(items)) < len(items):
             expected = f"{everything!r}, or at least one number from 0, each once"
             raise ValueError(describe(name, repr(value), expected, f"For example {name}=[0, 3]."))
@@ -58,7 +59,7 @@ def _numbers(name: str, everything: str | None) -> BeforeValidator:
 def _check_layers(value: Any) -> Any:
     if isinstance(value, str) and value == "all":
         return value
-    items = _listed(value)
+    items = listed(value)
     if not items or not all(isinstance(item, str) or _is_number(item) for item in items):
         expected = "'all', or at least one layer number from 0 or address"
         raise ValueError(describe("layers", repr(value), expected, 'For example layers=[5, 6] or layers=["encoder.self.0"].'))

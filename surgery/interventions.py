@@ -209,8 +209,14 @@ class Operation:
         return TEMPLATES[self.edit.action](original, self._allowed(where), where)
 
     def _call(self, original: Tensor) -> Tensor:
-        new = self.edit.action(original.clone())  # it may work in place; what it is given may be a view of a cache
         name = getattr(self.edit.action, "__name__", repr(self.edit.action))
+        try:
+            new = self.edit.action(original.clone())  # it may work in place; what it is given may be a view of a cache
+        except Exception as error:
+            error.add_note(
+                f"in cut {self.number}: callable {name} at {self.address} {self.site}, given {tuple(original.shape)}"
+            )
+            raise
 
         def is_like(tensor: Any) -> str:
             if not isinstance(tensor, Tensor):

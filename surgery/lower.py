@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.anatomy import Anatomy, Attention
+from surgery.anatomy import HERE, Anatomy, Attention, grouped, summary
 from surgery.errors import NoMatchError, SpecError, describe, listing
 from surgery.interventions import Operation
 from surgery.plan import Plan
@@ -65,13 +65,15 @@ def lower(spec: Spec, anatomy: Anatomy, on_meta: bool = False, probed: Sequence[
                 )
             placements += [Placement(number, edit, attention) for edit in cut.edits()]
     plans: dict[str, Plan] = {}
+    misfits: list[tuple[Attention, str]] = []
     for placement in placements:
         found = list(_problems(placement, anatomy.fingerprint))
-        problems += [f for f in found if f not in problems]
+        misfits += [(placement.attention, problem) for problem in found]
         if not found:
             operation = _operation(placement)
             plan = plans.setdefault(placement.attention.address, Plan())
             plan.operations.setdefault(operation.site, []).append(operation)
+    problems += grouped(misfits)
     if problems or failures:
         kind = SpecError if problems else NoMatchError
         raise kind(listing(f"the spec does not fit {anatomy.model_class}", [*failures, *problems]))
@@ -114,7 +116,7 @@ def _operation(placement: Placement) -> Operation:
 def _problems(placement: Placement, fingerprint: str) -> list[str]:
     """Everything in which an edit does not fit the attention that it is placed at."""
     edit, attention = placement.edit, placement.attention
-    what = f"cut {placement.number} at {attention.address} ({attention.path!r})"
+    what = f"cut {placement.number} at {HERE}"
     found = []
     if edit.heads != "all" and (beyond := [head for head in edit.heads if head >= attention.heads]):
         return [describe(what, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")]
@@ -150,7 +152,7 @@ def _reference_problems(placement: Placement, what: str, fingerprint: str) -> li
     edit, attention = placement.edit, placement.attention
     reference, do = edit.reference, "Collect it on this model with surgery.collect_reference or surgery.capture."
     if reference.model is not None and reference.model != fingerprint:
-        return [describe(what, f"a reference of {reference.model}", fingerprint, do)]
+        return [describe(what, f"a reference of {summary(reference.model)}", summary(fingerprint), do)]
     entry = reference.find(attention.address, edit.site)
     if entry is None:
         held = sorted({f"{a} {s}" for a, s in reference if a in (attention.address, ANY)}) or [repr(reference)]

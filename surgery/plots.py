@@ -5,6 +5,7 @@ Figures are made without pyplot: nothing global changes, no window opens, and th
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +129,8 @@ def _map(axes: Axes, values: np.ndarray, norm: Normalize, colormap: Colormap) ->
         for (row, head), value in np.ndenumerate(values):
             if np.isfinite(value):
                 color = "white" if _is_dark(colormap(norm(value))) else "#222222"
-                axes.text(head, row, _number(value), ha="center", va="center", fontsize=9 if heads <= 8 else 7, color=color)
+                text = _number(value, float(np.nanmax(np.abs(values))))
+                axes.text(head, row, text, ha="center", va="center", fontsize=9 if heads <= 8 else 7, color=color)
     return image
 
 
@@ -170,9 +172,11 @@ def _ticks(labels: Sequence[str], most: int) -> tuple[list[int], list[str]]:
     return places, [labels[place] for place in places]
 
 
-def _number(value: float) -> str:
-    """A sign and two decimals, and no "-0.00"."""
-    return "0" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
+def _number(value: float, largest: float = 1.0) -> str:
+    """A sign and as many decimals as the largest value needs for two digits, two at least; "0" for what they do not show."""
+    decimals = 2 if largest >= 0.1 or largest == 0 else min(1 - math.floor(math.log10(largest)), 6)
+    shown = f"{value:+.{decimals}f}".replace("-", "−")
+    return "0" if float(shown.replace("−", "-")) == 0 else shown
 
 
 def _is_dark(color: Sequence[float]) -> bool:

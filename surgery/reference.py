@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from surgery.errors import SpecError, describe
+from surgery.errors import NoMatchError, SpecError, describe
 
 ANY = "*"
 """The address of a tensor that was given by hand, for whatever attention the cut selects."""
@@ -40,8 +40,8 @@ class Entry:
 class Reference:
     """Replacement values by address and site; `kind` says whether they are means or one run's activations.
 
-    `model` is the fingerprint of the model that they were measured on (None: given by hand, fits any model whose shapes
-    fit); a cut refuses values of another model.
+    `model` is the fingerprint of the model that they were measured on, its attention classes and shapes (None: given by hand,
+    fits any model whose shapes fit); a cut refuses values of a model with others. Weights are not compared.
     """
 
     kind: Literal["mean", "activation"]
@@ -52,6 +52,20 @@ class Reference:
         """The entry for an attention and a site, or None. What was given for just this address and site comes first."""
         keys = ((address, site), (address, ANY), (ANY, site), (ANY, ANY))
         return next((self.entries[key] for key in keys if key in self.entries), None)
+
+    def __getitem__(self, key: tuple[str | int, str]) -> Tensor:
+        """The values at (address, site), as Entry has them; a number is the layer of the only or decoder self-attention.
+
+        Raises NoMatchError if it holds none.
+        """
+        address, site = key if isinstance(key, tuple) and len(key) == 2 else (key, "")
+        names = [f"self.{address}", f"decoder.self.{address}"] if isinstance(address, int) else [str(address)]
+        found = next((entry for name in names if (entry := self.find(name, site)) is not None), None)
+        if found is None:
+            raise NoMatchError(
+                describe(f"reference[{key!r}]", f"{self!r}", "an address and a site that it holds", "Collect it.")
+            )
+        return found.value
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.entries)
@@ -115,8 +129,8 @@ class Reference:
                 describe(
                     "Reference.from_description",
                     f"a description that cannot be read ({type(error).__name__}: {error})",
-                    f"keys kind, model, entries and the tensors {sorted(tensors)[:5]}",
-                    "Load the file together with the tensors that were saved beside it.",
+                    f"keys kind, model, entries, and its tensors; there are {len(tensors)} tensors",
+                    "Load the file with Spec.load, beside its .safetensors, or pass tensors=spec.tensors().",
                 )
             ) from None
 
@@ -184,7 +198,7 @@ def as_reference(value: Any, kind: Literal["mean", "activation"]) -> Reference:
                     f"reference[{address!r}, {site!r}]",
                     f"shape {tuple(entry.value.shape)}",
                     "(batch, head, position, d)" if kind == "activation" else "(head, d) or (head, position, d)",
-                    "Give one row for each head.",
+                    'Give one row for each head; one value for all is Edit("z", "value", value=...).',
                 )
             )
         for tensor in (entry.value, entry.spread):

@@ -26,6 +26,9 @@ def self_test(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list
     session = session_of(model)
     if session is None:
         raise PatchError(describe("self_test", "a model that is not patched", "a patched model", "Call patch_model first."))
+    if inputs is not None and not isinstance(inputs, Mapping):
+        found = f"inputs of type {type(inputs).__name__}"
+        raise ParityError(describe("self_test", found, "a mapping of model inputs", "Pass {'input_ids': tokens}."))
     inputs = dict(dummy_inputs(model) if inputs is None else inputs)
     with patched(model, kernel="auto"):
         no_op = _outputs(model, inputs)
@@ -54,9 +57,14 @@ def self_test(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list
         changed = seen.get((operation.address, operation.site, operation.number))
         should = operation.edit.action != "identity" and operation.edit.strength > 0
         if changed is None or changed != should:
-            found = "an edit that never ran" if changed is None else f"an edit that {'changed' if changed else 'left'} its site"
+            found = (
+                "an edit that never ran"
+                if changed is None
+                else f"a tensor that it {'changed' if changed else 'did not change'}"
+            )
             what = f"cut {operation.number} at {operation.address} {operation.site}"
-            problems.append(describe(what, found, "a change" if should else "equality", "Check the cut on inputs of your own."))
+            do = "Pass inputs that it acts on; its positions may lie beyond these."
+            problems.append(describe(what, found, "a change" if should else "equality", do))
     if problems:
         raise ParityError(listing("self_test", problems))
     return [f"without cuts: {len(original)} outputs equal bit for bit", f"with cuts: {len(seen)} edits ran and acted"]

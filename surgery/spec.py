@@ -125,23 +125,20 @@ class Spec:
             raise SpecError(describe("Spec.from_yaml", f"text that is not YAML ({error})", "YAML", "Check the file.")) from None
 
     def save(self, path: str | Path) -> None:
-        """Writes `path` (.json, .yaml or .yml) and, if the spec holds tensors, `path` with the suffix .safetensors."""
+        """Writes `path` (.json, .yaml or .yml) and, if the spec holds tensors, `path` with .safetensors added to its name."""
         path = Path(path)
         if path.suffix not in (".json", ".yaml", ".yml"):
             raise SpecError(describe("Spec.save", f"{path.name!r}", "a name ending in .json, .yaml or .yml", "Rename it."))
         text = self.to_yaml() if path.suffix in (".yaml", ".yml") else self.to_json()
         if tensors := self.tensors():
-            save_file(
-                {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path.with_suffix(".safetensors")
-            )
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, _beside(path))
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Spec:
         """Reads what `save` wrote."""
         path = Path(path)
-        beside = path.with_suffix(".safetensors")
-        tensors = load_file(beside) if beside.exists() else {}
+        tensors = load_file(_beside(path)) if _beside(path).exists() else {}
         read = cls.from_yaml if path.suffix in (".yaml", ".yml") else cls.from_json
         return read(path.read_text(encoding="utf-8"), tensors)
 
@@ -156,9 +153,10 @@ class Spec:
         for number, item in enumerate(data["cuts"]):
             try:
                 item = dict(item)
-                kind = _KINDS.get(item.pop("kind", None))
+                name = item.pop("kind", None)
+                kind = _KINDS.get(name)
                 if kind is None:
-                    raise ValueError(f"its kind is not one of {', '.join(_KINDS)}")
+                    raise ValueError(f"its kind is {name!r}, not one of {', '.join(_KINDS)}")
                 cuts.append(kind(**{name: _from_plain(value, tensors) for name, value in item.items()}))
             except SpecError as error:
                 problems.append(f"cut {number}: {error}")
@@ -167,6 +165,11 @@ class Spec:
         if problems:
             raise SpecError(listing("Spec", problems))
         return cls(cuts)
+
+
+def _beside(path: Path) -> Path:
+    """The file of a spec's tensors: a.yaml.safetensors for a.yaml, so that no two files of ours share it."""
+    return path.with_name(f"{path.name}.safetensors")
 
 
 def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from surgery.errors import SpecError, describe, listing
+from surgery.errors import SpecError, closest, describe, listing
 from surgery.reference import Reference, is_same
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class Value(BaseModel, metaclass=_Positional):
         kind = Parameter.POSITIONAL_OR_KEYWORD
         cls.__signature__ = Signature([Parameter(name, kind, default=default) for name, default in fields.items()])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        what = f"{type(self).__name__}.{name}"
+        raise SpecError(describe(what, "an assignment", "a cut that stays as it was made", "Make another one."))
+
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
         """What in the fields does not fit together. Puts values and references into their normal form."""
@@ -66,7 +70,8 @@ class Value(BaseModel, metaclass=_Positional):
         if error["type"] == "missing":
             return describe(where, "nothing", "a value", f"Pass {where}=...")
         if error["type"] == "extra_forbidden":
-            return describe(where, repr(error["input"]), "one of " + ", ".join(cls.model_fields), "Remove it.")
+            do = closest(where, cls.model_fields) or "Remove it."
+            return describe(where, repr(error["input"]), "one of " + ", ".join(cls.model_fields), do.strip())
         return describe(where, repr(error["input"]), error["msg"], "Change it.")
 
     def content(self, name: str = "cut", strict: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Writes README's table of families from the tiny models of the tests: `python tests/family_table.py`."""
+"""Writes README's tables of sites, and of families from the tiny models of the tests: `python tests/family_table.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from families import FAMILIES
 
 from surgery import inspect_model
-from surgery.family import find_family, register_patch  # noqa: F401
+from surgery.family import find_family
+from surgery.sites import SITES
 
 
 def family_table() -> str:
@@ -31,13 +32,23 @@ def family_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def site_table() -> str:
+    """One row for each site: circuit, shape, meaning."""
+    lines = ["| site | circuit | shape | is |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{s.name}` | {s.circuit.upper()} | {', '.join(s.axes)} | {s.meaning} |" for s in SITES.values()]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"sites": site_table, "families": family_table}
+
+
 def main() -> None:
     readme = Path(__file__).parents[1] / "README.md"
     text = readme.read_text(encoding="utf-8")
-    table = f"<!-- families -->\n{family_table()}<!-- /families -->"
-    readme.write_text(
-        re.sub(r"<!-- families -->.*<!-- /families -->", lambda _: table, text, flags=re.DOTALL), encoding="utf-8"
-    )
+    for name, make in TABLES.items():
+        table = f"<!-- {name} -->\n{make()}<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, table=table: table, text, flags=re.DOTALL)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

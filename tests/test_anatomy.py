@@ -179,7 +179,7 @@ def test_fingerprints_tell_models_of_other_shapes_apart() -> None:
     )]  # fmt: skip
     assert len(set(names)) == 5
     assert find_anatomy(FAMILIES["llama"].build(seed=5)).fingerprint == names[0]
-    assert names[0] == "self.0:LlamaAttention 4/2x16,16,self.1:LlamaAttention 4/2x16,16"
+    assert names[0] == "self.0: LlamaAttention 4/2 × 16, 16; self.1: LlamaAttention 4/2 × 16, 16"
 
 
 # -- addresses ----------------------------------------------------------------------------------------------------------
@@ -643,3 +643,12 @@ def test_the_reconstruction_can_be_read() -> None:
     assert f"repeat_interleave(key, {HEADS // KV_HEADS}, 1)" in code, "the head map is in the code"
     with pytest.raises(AttributeError):
         _ = unpatch_model(model).model.layers[0].self_attn.reconstruction
+
+
+def test_layers_may_be_named_by_the_paths_of_their_modules() -> None:
+    anatomy = find_anatomy(built("bart"))
+    attention = anatomy["decoder.cross.1"]
+    assert anatomy.matches([attention.path]) == {"decoder.cross.1"}
+    assert anatomy.matches([attention.path, "encoder.self.0"]) == {"decoder.cross.1", "encoder.self.0"}
+    with pytest.raises(NoMatchError, match=r"layers: found 'model.decoder.layers.7'"):
+        anatomy.matches(["model.decoder.layers.7"])

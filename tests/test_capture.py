@@ -82,14 +82,14 @@ def test_shapes(implementation: str, kernel: Any) -> None:
     assert len(run) == LAYERS * len(ALL_SITES)
     for (address, site), tensor in run.items():
         assert tensor is run[address, site] and tensor is run[int(address[-1]), site]
-    some = seen(model, inputs, ALL_SITES, [1], [3, 1], kernel=kernel)
+    some = seen(model, inputs, ALL_SITES, [1], [3, 1], kernel=kernel)  # rows in this order
     assert list(some) == [("self.1", site) for site in ALL_SITES]
     for site in ALL_SITES:
         everything = run[1, site]
         if site in ("k", "v"):  # with heads given: what each of these query heads reads
             everything = everything.repeat_interleave(HEADS // KV_HEADS, 1)
         # Kernels and matrix products may round differently for a part of the heads.
-        torch.testing.assert_close(some[1, site], everything[:, [1, 3]], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(some[1, site], everything[:, [3, 1]], rtol=1e-5, atol=1e-5)
 
 
 @by_case(["t5", "bart", "whisper"])
@@ -533,13 +533,13 @@ def test_the_model_is_restored_after_an_exception(cuts: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "pattern"),
     [
-        ({"sites": "zz"}, SpecError, r"site: found 'zz'; expected 'q', 'k'"),
-        ({"sites": ["z", "y"]}, SpecError, r"site: found 'y'"),
+        ({"sites": "zz"}, SpecError, r"capture: found sites \['zz'\]; expected sites of q, k.*Did you mean 'z'"),
+        ({"sites": ["z", "y"]}, SpecError, r"found sites \['y'\]"),
         ({"sites": []}, SpecError, r"capture: found no sites; expected at least one\. Choose from q, k"),
         (
             {"sites": "z", "heads": [1, 4]},
             SpecError,
-            r"self\.0 \('model.layers.0.self_attn'\): found heads \[4\]; expected heads 0",
+            r"self\.0 \('model.layers.0.self_attn'\), self\.1 \(.*\): found heads \[4\]; expected heads 0",
         ),
         ({"sites": "z", "heads": []}, SpecError, r"heads: found \[\]"),
         ({"sites": "z", "layers": []}, SpecError, r"layers: found \[\]"),
@@ -557,9 +557,35 @@ def test_selections_that_do_not_exist(options: Any, kind: Any, pattern: str) -> 
 
 
 def test_problems_of_all_layers_and_sites_are_listed() -> None:
-    pattern = r"(?s)capture: 2 problems.*self\.0.*self\.1"
+    pattern = r"capture: self\.0 \(.*\), self\.1 \(.*\): found heads \[9\]"
     with pytest.raises(SpecError, match=pattern), capture(built("llama"), "z", heads=[9]):
         raise AssertionError("never reached")
+    with (
+        pytest.raises(SpecError, match=r"(?s)2 problems.*heads \[9\].*site 'k'"),
+        capture(built("deepseek_v3"), "k", heads=[9]),
+    ):
+        raise AssertionError("never reached")
+
+
+def test_many_layers_with_one_problem_are_one_line() -> None:
+    model = FAMILIES["llama"].build(num_hidden_layers=5)
+    with pytest.raises(SpecError) as caught:
+        patch_model(model, Freeze("ov", heads=[9]))
+    assert str(caught.value).count("self.") == 2 and "and 3 more: found heads [9]; expected heads 0 to 3" in str(caught.value)
+
+
+def test_keeping_the_last_forward_alone() -> None:
+    model, inputs = built("gpt2"), FAMILIES["gpt2"].inputs()
+    with capture(model, "z", [0]) as every, capture(model, "z", [0], keep="last") as last:
+        for seed in range(3):
+            logits(model, FAMILIES["gpt2"].inputs(seed=seed))
+    assert len(every.steps(0, "z")) == 3 and len(last.steps(0, "z")) == 1
+    assert torch.equal(last[0, "z"], every[0, "z"])
+    with (
+        pytest.raises(SpecError, match=r"capture: found keep='first'; expected 'all' or 'last'"),
+        capture(model, "z", keep="first"),
+    ):  # type: ignore[arg-type]
+        logits(model, inputs)
 
 
 def test_what_was_not_captured() -> None:

@@ -17,13 +17,14 @@ import pytest
 import torch
 from families import FAMILIES, HEADS, LAYERS
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from surgery.demo.data import Copies, induction_sources, repeated_sequences, scored_positions
 from surgery.demo.report import lines
 from surgery.demo.study import Study, least_cost, name_head, study
 from surgery.demo.subject import Subject, load, load_model
 from surgery.demo.train import Recipe, evaluate
+from surgery.plots import _number
 
 PACKAGED = Path(str(files("surgery.demo"))) / "model"
 TRAINING = json.loads((PACKAGED / "training.json").read_text(encoding="utf-8"))
@@ -215,3 +216,20 @@ def test_copies_with_and_without_bos() -> None:
 
 def test_random_sequences_of_the_packaged_model_are_those_of_its_training(subject: Subject) -> None:
     assert torch.equal(subject.copies(3, 9, seed=5).ids, repeated_sequences(3, 9, 64, 5))
+
+
+def test_a_bos_beyond_the_vocabulary_is_none() -> None:
+    """A small GPT-2 keeps the number of its family's BOS token."""
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50, n_positions=32)
+    model = GPT2LMHeadModel(config).eval()
+    assert config.bos_token_id == 50256 and Subject("tiny", model).bos is None
+    copies = Subject("tiny", model).copies(batch=2)
+    assert int(copies.inputs(torch.device("cpu"))["input_ids"].max()) < 50
+    config.bos_token_id = 49
+    assert Subject("tiny", model).bos == 49
+
+
+def test_numbers_in_cells_have_the_digits_that_the_largest_needs() -> None:
+    assert [_number(v, 7.0) for v in (6.938, 0.004, -0.5)] == ["+6.94", "0", "−0.50"]
+    assert [_number(v, 0.015) for v in (0.0151, -0.0004, 0.0)] == ["+0.015", "0", "0"]
+    assert [_number(v, 0.0) for v in (0.0,)] == ["0"]

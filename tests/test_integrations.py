@@ -449,6 +449,21 @@ def test_compiled_by_inductor(dynamo: None) -> None:
     assert torch.allclose(logits(compiled, given), logits(model, given), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("site", ["scores", "pattern"])
+def test_a_first_capture_may_be_a_compiled_one(dynamo: None, name: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to trace by then, though this process has captured before."""
+    monkeypatch.setattr(surgery.rewrite, "_TRACES", {})
+    model, given = build(name), inputs(name)
+    expected = logits(model, given)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with capture(model, site, [1], [2]) as run:
+        assert torch.equal(logits(compiled, given), expected)
+    with capture(model, site, [1], [2]) as again:
+        logits(model, given)
+    assert torch.equal(run[1, site], again[1, site])
+
+
 def test_a_compiled_model_follows_what_is_patched_later(dynamo: None) -> None:
     model, given = build("llama"), inputs("llama")
     plain = logits(model, given)

@@ -116,7 +116,7 @@ def test_an_edit_that_changes_nothing(site: str) -> None:
     model = patch_model(
         FAMILIES["llama"].build("sdpa"), [Freeze("qk", [0], [0]), Edit(site, "scale", 1.0, layers=[1], heads=[1])]
     )
-    pattern = rf"self_test: cut 1 at self\.1 {site}: found an edit that left its site; expected a change\. Check the cut"
+    pattern = rf"self_test: cut 1 at self\.1 {site}: found a tensor that it did not change; expected a change\. Pass inputs"
     with pytest.raises(ParityError, match=pattern):
         self_test(model)
     assert session_of(model).watch is None  # type: ignore[union-attr]
@@ -126,7 +126,7 @@ def test_an_edit_that_changes_nothing(site: str) -> None:
 def test_an_edit_to_what_is_there_already() -> None:
     family = FAMILIES["gpt2"]
     model = patch_model(family.build(), [Freeze("ov", [0]), Edit("z", "zero", layers=[0])])
-    with pytest.raises(ParityError, match=r"cut 1 at self\.0 z: found an edit that left its site"):
+    with pytest.raises(ParityError, match=r"cut 1 at self\.0 z: found a tensor that it did not change"):
         self_test(model)
 
 
@@ -191,7 +191,7 @@ def test_a_patched_forward_that_computes_something_else(monkeypatch: Any) -> Non
 def test_an_edit_whose_arithmetic_is_lost(monkeypatch: Any) -> None:
     model = patch_model(FAMILIES["llama"].build("sdpa"), Freeze("ov", [0]))
     monkeypatch.setattr(Operation, "apply", lambda self, x, where, held=None: x)
-    with pytest.raises(ParityError, match=r"cut 0 at self\.0 z: found an edit that left its site"):
+    with pytest.raises(ParityError, match=r"cut 0 at self\.0 z: found a tensor that it did not change"):
         self_test(model)
 
 

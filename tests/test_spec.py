@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery import Edit, Freeze, Reference, Spec, SpecError, capture, patched
-from surgery.cuts import ACTIONS, CIRCUITS, FREEZES, TEMPLATES
+from surgery.cuts import ACTIONS, CIRCUITS, FREEZES, GROUPED, TEMPLATES
 from surgery.reference import Entry
 from surgery.sites import SITES
 
@@ -76,6 +76,8 @@ def edits(draw: Any) -> Edit:
     options = draw(
         st.fixed_dictionaries({}, optional={**common(), "backward": st.sampled_from(["natural", "stopgrad", "ste"])})
     )
+    if site not in GROUPED:
+        options.pop("gqa", None)
     if action in ("value", "scale", "add"):
         options["value"] = draw(st.one_of(floats, small, tensors()))
     if action == "noise":
@@ -126,7 +128,7 @@ def test_save_and_load(tmp_path_factory: Any, spec: Spec, suffix: str) -> None:
     spec.save(folder / f"cuts{suffix}")
     assert Spec.load(folder / f"cuts{suffix}") == spec
     assert Spec.load(str(folder / f"cuts{suffix}")) == spec
-    assert (folder / "cuts.safetensors").exists() == bool(spec.tensors())
+    assert (folder / f"cuts{suffix}.safetensors").exists() == bool(spec.tensors())
 
 
 @FEW
@@ -150,7 +152,8 @@ def test_equal_specs_and_only_they_share_a_fingerprint(one: Spec, two: Spec) -> 
 def test_a_cut_is_what_its_edits_say(cut: Edit | Freeze) -> None:
     for edit in cut.edits():
         assert edit.edits() == (edit,)
-        same = ("layers", "heads", "strength", "positions", "gqa", "reference", "seed", "backward")
+        same = ("layers", "heads", "strength", "positions", "reference", "seed", "backward")
+        assert edit.gqa == (cut.gqa if edit.site in GROUPED else "isolated")
         assert all(getattr(edit, name) == getattr(cut, name) for name in same)
 
 
@@ -158,9 +161,9 @@ def test_a_cut_is_what_its_edits_say(cut: Edit | Freeze) -> None:
 
 
 def test_positional_and_keyword_construction_agree() -> None:
-    by_place = Edit("z", "scale", 2.0, [1], [0, 3], "ste", 0.5, [4], "shared", None, 7)
+    by_place = Edit("v", "scale", 2.0, [1], [0, 3], "ste", 0.5, [4], "shared", None, 7)
     by_name = Edit(
-        site="z", action="scale", value=2.0, layers=[1], heads=[0, 3], backward="ste", strength=0.5, positions=[4],
+        site="v", action="scale", value=2.0, layers=[1], heads=[0, 3], backward="ste", strength=0.5, positions=[4],
         gqa="shared", reference=None, seed=7,
     )  # fmt: skip
     assert by_place == by_name
@@ -217,7 +220,7 @@ def test_a_captured_run_may_stand_for_itself() -> None:
 
 def test_cuts_cannot_be_changed() -> None:
     for cut in (Edit("z", "zero"), Freeze("qk")):
-        with pytest.raises(ValueError, match="frozen"):
+        with pytest.raises(SpecError, match=r"\.strength: found an assignment; expected a cut that stays as it was made"):
             cut.strength = 0.5
         assert cut.strength == 1.0
     spec = Spec(Freeze("qk"))
@@ -261,11 +264,11 @@ def test_the_sites_of_a_freeze(freeze: Freeze, sites: list[str]) -> None:
 
 T = torch.arange(6.0).view(2, 3)
 BASE: dict[str, Any] = {
-    "site": "z", "action": "value", "value": T, "layers": [0], "heads": [1], "backward": "stopgrad", "strength": 0.5,
+    "site": "v", "action": "value", "value": T, "layers": [0], "heads": [1], "backward": "stopgrad", "strength": 0.5,
     "positions": [2], "gqa": "isolated", "seed": 1,
 }  # fmt: skip
 CHANGES: list[dict[str, Any]] = [
-    {"site": "v"},
+    {"site": "rot_k"},
     {"action": "add"},
     {"value": T + 1},
     {"value": T.view(3, 2)},
@@ -444,8 +447,8 @@ def test_reading_lists_every_cut_that_is_wrong() -> None:
 
 def test_a_spec_without_its_tensors_is_refused(tmp_path: Path) -> None:
     Spec([Edit("z", "value", T), Freeze("ov", to="mean", reference=T)]).save(tmp_path / "cuts.json")
-    (tmp_path / "cuts.safetensors").unlink()
-    with pytest.raises(SpecError, match=r"(?s)2 problems.*cut 0.*'0.value'.*cut 1.*saved beside it"):
+    (tmp_path / "cuts.json.safetensors").unlink()
+    with pytest.raises(SpecError, match=r"(?s)2 problems.*cut 0.*'0.value'.*cut 1.*beside its .safetensors"):
         Spec.load(tmp_path / "cuts.json")
 
 
@@ -478,7 +481,7 @@ def test_callables_stay_in_the_process(tmp_path: Path) -> None:
 # -- problems -----------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[Any, str]] = [
-    (lambda: Edit("zz", "zero"), r"site: found 'zz'; expected 'q', 'k', 'rot_q'.*'result'\. Choose"),
+    (lambda: Edit("zz", "zero"), r"site: found 'zz'; expected 'q', 'k', 'rot_q'.*'result'\. Did you mean 'z'\? Choose"),
     (lambda: Edit("z", "cut"), r"action: found 'cut'; expected 'zero', .* or a callable\. Choose"),
     (lambda: Edit("z", T), r"action: found tensor"),
     (lambda: Edit(["z"], "zero"), r"site: found \['z'\]; expected 'q'"),
@@ -613,3 +616,30 @@ def test_help_shows_the_fields_as_arguments() -> None:
     shown = "(circuit, layers='all', heads='all', to='zero', backward='stopgrad', strength=1.0, positions=None, "
     assert str(inspect.signature(Freeze)) == shown + "gqa='isolated', reference=None, seed=0)"
     assert str(inspect.signature(Edit)).startswith("(site, action, value=None, layers='all'")
+
+
+def test_two_specs_of_one_stem_do_not_share_a_file(tmp_path: Path) -> None:
+    ones, zeros = (Spec(Edit("z", "add", make(3))) for make in (torch.ones, torch.zeros))
+    reference = Reference("mean", {("self.0", "z"): Entry(torch.ones(2, 3))})
+    reference.save(tmp_path / "a.safetensors")
+    ones.save(tmp_path / "a.json")
+    zeros.save(tmp_path / "a.yaml")
+    assert Spec.load(tmp_path / "a.json") == ones and Spec.load(tmp_path / "a.yaml") == zeros
+    assert Reference.load(tmp_path / "a.safetensors") == reference
+
+
+@given(st.permutations(range(4)))
+def test_rows_of_a_value_belong_to_the_heads_as_they_are_named(heads: list[int]) -> None:
+    rows = torch.arange(12.0).view(4, 3)
+    assert Edit("z", "add", rows[heads], heads=heads) == Edit("z", "add", rows, heads=[0, 1, 2, 3])
+    matrix = torch.arange(16.0).view(4, 4)  # (query, key): no rows of heads
+    assert torch.equal(Edit("scores", "add", matrix, heads=heads).value, matrix)
+
+
+def test_gqa_is_of_sites_that_a_group_shares() -> None:
+    for site in SITES:
+        if site in GROUPED:
+            assert Edit(site, "zero", gqa="shared").gqa == "shared"
+        else:
+            with pytest.raises(SpecError, match=rf"gqa: found 'shared'; expected 'isolated' at {site}"):
+                Edit(site, "zero", gqa="shared")

@@ -39,7 +39,9 @@ class Subject:
         """The token that a sequence begins with, or None."""
         known = self.config if self.tokenizer is None else self.tokenizer
         found = known.bos_token_id
-        return found[0] if isinstance(found, list) else found
+        found = found[0] if isinstance(found, list) else found
+        # A small model often keeps its family's default, which lies beyond its own vocabulary.
+        return found if found is not None and found < self._vocabulary else None
 
     @property
     def config(self) -> Any:
@@ -94,10 +96,14 @@ class Subject:
             raise SurgeryError(describe("segment", f"{segment} tokens", expected, "Pass such a --segment."))
         return segment
 
+    @property
+    def _vocabulary(self) -> int:
+        model: Any = self.model
+        return int(getattr(model.get_input_embeddings(), "num_embeddings", self.config.vocab_size))
+
     def _usable(self) -> Tensor:
         """The tokens of the vocabulary, without special ones."""
-        model: Any = self.model
-        vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", self.config.vocab_size))
+        vocabulary = self._vocabulary
         if self.tokenizer is None:
             tokens = (getattr(self.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
             special = {i for token in tokens for i in (token if isinstance(token, list) else [token])}
