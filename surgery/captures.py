@@ -81,10 +81,10 @@ class Run:
         return ((key, self._steps[key][-1]) for key in self)
 
     def taken(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """((address, site), tensor) of the last forward, each forgotten once it is handed out."""
+        """((address, site), tensor) of all that has run since, each forgotten once it is handed out."""
         for key in list(self):
-            yield key, self._steps[key][-1]
-            self._steps[key].clear()
+            while self._steps[key]:
+                yield key, self._steps[key].pop(0)
 
     def reference(self) -> Reference:
         """The last forward's activations as replacement values for another run.
@@ -143,7 +143,8 @@ def capture(
     sites: names of `surgery.sites.SITES`, seen after the cuts made there. layers, heads: as in a spec; with heads given, rows
     are in their order, and k and v are what each of these query heads reads; with "all" k and v have one row per kv head.
     Only scores and pattern need the attention matrix: where the module's kernel is fused it is computed beside it for the
-      wanted heads, and outputs stay equal bit for bit. All else is seen in the module's own kernel.
+      wanted heads, and outputs stay equal bit for bit (beside a cut of the matrix of others, to rounding). All else is seen
+      in the module's own kernel.
     detach: cut the captured tensors off from autograd; by default they are part of the graph.
     keep: "all" keeps every forward of the block, which `run.steps` gives; "last" one forward's tensors alone, for long loops.
     kernel: None leaves the kernel as it is; "eager" reconstructs every module, which puts rot_q, rot_k, scores, pattern and z

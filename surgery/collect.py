@@ -131,8 +131,9 @@ def _inputs(batch: Any, device: torch.device) -> dict[str, Any]:
 def _weights(attention: Attention, site: str, tensor: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """(batch, position) 1 for tokens, 0 for padding, along the site's own positions."""
     decoder = attention.address.startswith("decoder.")
-    over_source = attention.kind == "cross" and SITES[site].over_keys
-    name = "decoder_attention_mask" if decoder and not over_source else "attention_mask"
+    name = "decoder_attention_mask" if decoder else "attention_mask"
+    if attention.kind == "cross" and SITES[site].over_keys:
+        name = "encoder_attention_mask" if not decoder or "encoder_attention_mask" in inputs else "attention_mask"
     mask = inputs.get(name)
     length = tensor.shape[2]
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:

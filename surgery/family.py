@@ -129,8 +129,9 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
                 yield function
 
 
-_SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
-_PRODUCT = {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+_KERNELS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+_SOFTMAX = {"softmax", "Softmax"} | _KERNELS
+_PRODUCT = {"matmul", "bmm", "baddbmm", "einsum"} | _KERNELS
 
 
 def computes_attention(module: nn.Module) -> bool:
@@ -153,8 +154,11 @@ def _n_projections(module: nn.Module) -> int:
     for child in module.children():
         children += child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else [child]
     count = sum(parameter is not None and parameter.dim() >= 2 for parameter in module._parameters.values())
-    for child in filter(is_projection, children):
-        width, inputs = projection_width(child), input_width(child)
+    for child in children:
+        inner = [part for part in child.modules() if is_projection(part)]
+        if len(inner) != 1:
+            continue  # a network of its own, or none; a single map may be wrapped (clipped, normed)
+        width, inputs = projection_width(inner[0]), input_width(inner[0])
         count += 2 if width is not None and inputs is not None and width > inputs else 1
     return count
 

@@ -204,7 +204,7 @@ class Piece:
 
 def head_weights(model: nn.Module, address: str | int) -> HeadWeights:
     """The weights of the attention at an address or layer number. Raises NoMatchError."""
-    return heads_at(model, anatomy_of(model), address)
+    return heads_at(model, anatomy_of(model, strict=False), address)
 
 
 def heads_at(model: nn.Module, anatomy: Anatomy, address: str | int) -> HeadWeights:

@@ -71,10 +71,7 @@ class Operation:
         """The edited tensor. held: the head numbers that axis 1 of x holds, None for all of them."""
         axis = self.axis
         if held is not None:
-            numbers = [i for i, head in enumerate(held) if head in self.heads]
-            if not numbers:
-                return x
-            axis = Heads(numbers)
+            axis = Heads([i for i, head in enumerate(held) if head in self.heads])
         original = axis.take(x)
         edited = self._edit(original, where)
         return axis.put(x, edited)
@@ -147,7 +144,10 @@ class Operation:
     def _by_mean(self, original: Tensor, where: Where) -> Tensor:
         if self.entry is not None:
             return self._broadcast(self._rows(self.entry.value), original, where).expand_as(original)
-        self._refuse_decoding(where)
+        return self._unless_decoding(self._mean(original, where), where)
+
+    def _mean(self, original: Tensor, where: Where) -> Tensor:
+        """The mean over batch and positions of what is at hand, as far as the mask allows it and the cache has it."""
         allowed = self._allowed(where)
         if allowed is None and where.has_room(self.site):
             allowed = (positions_of(original, where.offset(self.site)) < where.filled)[:, None]
@@ -261,16 +261,16 @@ class Operation:
         if value.dim() == 2 and not site.is_matrix:
             value = value[:, None, :]
         if value.dim() > 2 or (value.dim() == 2 and site.is_matrix):
-            value = self._along(value, -2, positions_of(original, where.offset(self.site)), where, where.has_room(self.site))
+            value = self._along(value, -2, positions_of(original, where.offset(self.site)), original, where)
         if value.dim() and site.is_matrix:
             keys = torch.arange(original.shape[-1], device=original.device) + where.key_offset
-            value = self._along(value, -1, keys, where, where.filled is not None)
+            value = self._along(value, -1, keys, original, where)
         return value
 
-    def _along(self, value: Tensor, dim: int, positions: Tensor, where: Where, has_room: bool) -> Tensor:
+    def _along(self, value: Tensor, dim: int, positions: Tensor, original: Tensor, where: Where) -> Tensor:
         """The entries of a value for these absolute positions. Raises SpecError if it has none for one that is used.
 
-        A compiled graph that takes the position from a cache cannot raise: there such an entry is NaN, and so is what follows.
+        A compiled graph cannot raise: there such an entry is NaN, and so is what follows.
         """
         available = value.shape[dim]
         if available == 1 and (self.entry is None or self.entry.value.dim() == 2):
@@ -279,7 +279,9 @@ class Operation:
         missing = positions >= available
         if dim == -2 and self.edit.positions is not None:
             missing = missing & torch.isin(positions, torch.tensor(self.edit.positions, device=positions.device))
-        if has_room:
+        if dim == -1 and (used := self._where(original, where)) is not None:
+            missing = missing & used.expand_as(original).flatten(0, 2).any(dim=0)
+        if where.has_room(self.site) or (dim == -1 and where.filled is not None):
             missing = missing & (positions < where.filled)
         if torch.compiler.is_compiling():
             return torch.where(missing.view(-1, *[1] * (-1 - dim)), torch.nan, found)
@@ -295,9 +297,12 @@ class Operation:
             )
         return found
 
-    def _refuse_decoding(self, where: Where) -> None:
-        offset = where.offset(self.site) if not SITES[self.site].over_keys else where.query_offset
-        if not torch.compiler.is_compiling() and bool(offset > 0):
+    def _unless_decoding(self, mean: Tensor, where: Where) -> Tensor:
+        """The mean, unless it is of a step with a KV cache. Raises CacheError; a compiled graph, which cannot, gives NaN."""
+        offset = where.query_offset
+        if isinstance(offset, Tensor) and torch.compiler.is_compiling():
+            return torch.where(offset > 0, torch.nan, mean)
+        if bool(offset > 0):
             raise CacheError(
                 describe(
                     f"cut {self.number} at {self.address} {self.site}: mean of the current activations",
@@ -306,3 +311,4 @@ class Operation:
                     "Pass reference=collect_reference(model, data), or use_cache=False.",
                 )
             )
+        return mean

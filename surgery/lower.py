@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ class Placement:
     attention: Attention
 
 
-def lower(spec: Spec, anatomy: Anatomy, on_meta: bool = False, probed: Sequence[str] = ()) -> dict[str, Plan]:
+def lower(
+    spec: Spec, anatomy: Anatomy, on_meta: bool = False, probed: Mapping[str, Collection[str]] | None = None
+) -> dict[str, Plan]:
     """A plan for every attention that the spec concerns, by address.
 
-    on_meta: the model has no data. probed: addresses whose intermediate sites are watched, so that cuts stay where written.
+    on_meta: the model has no data. probed: sites that are watched, by address, so that cuts there stay where they are written.
     Raises SpecError (or NoMatchError if only selections fail), listing every problem of the whole spec.
     """
     problems: list[str] = []
@@ -78,8 +80,7 @@ def lower(spec: Spec, anatomy: Anatomy, on_meta: bool = False, probed: Sequence[
         kind = SpecError if problems else NoMatchError
         raise kind(listing(f"the spec does not fit {anatomy.model_class}", [*failures, *problems]))
     for address, plan in plans.items():
-        if address not in probed:
-            _move_zeros(plan)
+        _move_zeros(plan, (probed or {}).get(address, ()))
     return plans
 
 
@@ -191,9 +192,9 @@ def _value_problems(placement: Placement, what: str) -> list[str]:
     return []
 
 
-def _move_zeros(plan: Plan) -> None:
-    """Takes edits to zero to z, where no other edit of the module could tell the difference."""
-    for site in _SAME_AS_ZERO_Z:
+def _move_zeros(plan: Plan, probed: Collection[str]) -> None:
+    """Takes edits to zero to z, where no other edit of the module and no probe could tell the difference."""
+    for site in (s for s in _SAME_AS_ZERO_Z if s not in probed):
         operations = plan.of(site)
         others = [o for name, list_ in plan.operations.items() for o in list_ if name != site]
         movable = len(operations) == 1 and not others and _is_plain_zero(operations[0])

@@ -84,7 +84,7 @@ def to_additive(
             mask = _of_rows(mask, rows)[..., :n_keys]
             return Mask(mask, mask > torch.finfo(mask.dtype).min / 2)
     elif hasattr(mask, "mask_mod"):
-        return _from_boolean(_from_block_mask(mask, query.shape[0], rows, n_keys, query.device), query.dtype)
+        return _from_boolean(_from_block_mask(mask, query, rows, n_keys), query.dtype)
     raise MaskError(
         describe(
             f"attention mask for attn_implementation={implementation!r} at {_name(module)}",
@@ -158,10 +158,11 @@ def _documents(batch: int, n_queries: int, n_keys: int, device: torch.device, kw
     return (positions == positions.min()).cumsum(-1)
 
 
-def _from_block_mask(mask: Any, batch: int, rows: Rows, n_keys: int, device: torch.device) -> Tensor:
-    batches, heads, keys = (torch.arange(n, device=device) for n in (batch, 1, n_keys))
+def _from_block_mask(mask: Any, query: Tensor, rows: Rows, n_keys: int) -> Tensor:
+    device, batch, n_heads = query.device, query.shape[0], query.shape[1] if mask.shape[1] > 1 else 1
+    batches, heads, keys = (torch.arange(n, device=device) for n in (batch, n_heads, n_keys))
     grid = (batches[:, None, None, None], heads[None, :, None, None], _numbers(rows, device)[None, None, :, None], keys)
-    return mask.mask_mod(*grid).expand(batch, 1, rows[1] - rows[0], n_keys)
+    return mask.mask_mod(*grid).expand(batch, n_heads, rows[1] - rows[0], n_keys)
 
 
 def _name(module: nn.Module) -> str:

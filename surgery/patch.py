@@ -104,8 +104,12 @@ def session_of(model: nn.Module) -> Session | None:
 
 
 def anatomy_of(model: nn.Module, strict: bool = True) -> Anatomy:
-    """The anatomy of a model, from its patched modules where it is known already."""
+    """The anatomy of a model, from its patched modules where it is known already.
+
+    A model that was patched with strict=False stays so.
+    """
     session = session_of(model)
+    strict = strict and (session is None or session.strict)
     known = session.anatomy if session is not None else None
     if known is not None and not (strict and known.unsupported):
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -170,7 +174,12 @@ def _apply(
     anatomy = anatomy_of(model, strict)
     if anatomy.unsupported and not strict and session_of(model) is None:
         warnings.warn(listing("patch_model leaves as they are", anatomy.unsupported), UserWarning, stacklevel=3)
-    plans = lower(spec, anatomy, on_meta(model.parameters()), [a for a, p in probes.items() if p])
+    plans = lower(
+        spec,
+        anatomy,
+        on_meta(model.parameters()),
+        {address: [p.site for p in watching] for address, watching in probes.items()},
+    )
     for attention in anatomy:
         plan = plans.setdefault(attention.address, Plan())
         plan.reconstruct = kernel == "eager"
@@ -186,7 +195,7 @@ def _apply(
     # Nothing below fails for a reason that lies in the input; an interrupt may still come.
     if session is None:
         planned = frozenset(address for address, plan in plans.items() if plan.sites)
-        session = Session(spec, kernel, anatomy, planned, report=_warn_silent)
+        session = Session(spec, kernel, anatomy, planned, not anatomy.unsupported, report=_warn_silent)
         spec.fingerprint()  # computed now: a forward, perhaps compiled, only compares it
     before, old_probes = session_of(model), _probes(model)
     try:

@@ -55,7 +55,7 @@ class Plan:
 
 @dataclass
 class Session:
-    """What the patched modules of one model share: spec, kernel, anatomy, and which of its cuts have run.
+    """What the patched modules of one model share: spec, kernel, anatomy, strictness, and which of its cuts have run.
 
     watch(operation, before, after): sees every operation act, for the self-test. forward: the addresses that the present
     forward of the model has run, and last of them; is_inside: it has not come to its end (or never will, if it raised).
@@ -65,6 +65,7 @@ class Session:
     kernel: str = "auto"
     anatomy: Anatomy | None = None
     planned: frozenset[str] = frozenset()
+    strict: bool = True
     runs: dict[str, int] = field(default_factory=dict)
     watch: Callable[[Operation, Tensor, Tensor], None] | None = None
     report: Callable[[Sequence[str]], None] | None = None

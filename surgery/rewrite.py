@@ -30,7 +30,7 @@ class Rewriter:
     def __init__(self, eager: Callable[..., Any], module: nn.Module) -> None:
         self.eager, self.module = eager, module
         self.names, self.takes_any, self.floats = _parameters(eager)
-        self._known: dict[tuple[Any, ...], Reconstruction] = {}
+        self._known: dict[tuple[Any, ...], Trace] = {}
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a core call by parameter name; keywords that the function never reads are left out."""
@@ -49,24 +49,31 @@ class Rewriter:
         kinds = [kind(value) for value in arguments.values()]
         key = (group_size, *arguments, *kinds)
         found = self._known.get(key)
-        if found is None:
+        if found is None or not _fits(self.module, found[0]):
             found = self._known[key] = _shared(self.eager, self.module, arguments, key, group_size)
-        return found
+        return found[1]
 
 
-_TRACES: dict[Any, list[tuple[dict[str, Any], Reconstruction]]] = {}
+Trace = tuple[dict[str, Any], Reconstruction]
+"""What a trace read of the module, by path, and the reconstruction that holds for modules with the same."""
+
+_TRACES: dict[Any, list[Trace]] = {}
 
 
 def _shared(
     eager: Callable[..., Any], module: nn.Module, arguments: Mapping[str, Any], key: tuple[Any, ...], group_size: int
-) -> Reconstruction:
+) -> Trace:
     traces = _TRACES.setdefault((eager, key), [])
-    for reads, found in traces:
-        if all(_reads_alike(module, path, value) for path, value in reads.items()):
-            return found
+    for known in traces:
+        if _fits(module, known[0]):
+            return known
     found, reads = trace(eager, module, arguments, group_size)
     traces.append((reads, found))
-    return found
+    return traces[-1]
+
+
+def _fits(module: nn.Module, reads: Mapping[str, Any]) -> bool:
+    return all(_reads_alike(module, path, value) for path, value in reads.items())
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def foreign_classes(model: nn.Module) -> list[str]:
     """Patched modules whose class something else has changed since."""
     found = []
     for path, module in model.named_modules():
-        base: Any = getattr(module, "_surgery_base", None)
+        base: Any = getattr(type(module), "_surgery_base", None)  # of the class: a wrapper may hand on its module's attributes
         if base is not None and type(module) not in (attention_class(base), owner_class(base)):
             what = f"the class {type(module).__name__}, which something else gave the patched module"
             found.append(

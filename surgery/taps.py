@@ -57,13 +57,22 @@ class Tap:
         return chosen.put(output, edited.transpose(1, 2).reshape(shape).flatten(-2), -1)
 
     def _result(self, projection: nn.Module, x: Tensor, output: Tensor, channels: Tensor, replay: Replay) -> Tensor:
-        """result: what each head adds to the output; changed by adding the difference, so other heads stay exact."""
+        """result: what each head adds to the output. Where it changes, the output is the other heads' with the changed ones'.
+
+        Not output - before + after: what rounding leaves of two terms that should cancel, a norm behind would blow up.
+        """
         heads = self.surgery.result_heads
         parts = torch.stack([head_result(projection, x, channels[head], replay) for head in heads], dim=1)
         edited = self.surgery.at("result", parts, heads)
         if not self.surgery.plan.of("result"):
             return output
-        return output + (edited - parts).sum(dim=1)
+        cut = sorted({head for operation in self.surgery.plan.of("result") for head in operation.heads})
+        own = Heads([heads.index(head) for head in cut])
+        before, after = own.take(parts), own.take(edited)
+        with replay():
+            others = projection.forward(x.index_fill(-1, channels[cut].flatten().to(x.device), 0))
+        changed = (before != after).any(dim=1).any(dim=-1, keepdim=True)
+        return torch.where(changed, others + after.sum(dim=1), output + (after - before).sum(dim=1))
 
 
 def _replay(projection: nn.Module, device: torch.device) -> Replay:
@@ -74,13 +83,13 @@ def _replay(projection: nn.Module, device: torch.device) -> Replay:
     if not any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in projection.modules()):
         return contextlib.nullcontext
     is_cpu = device.type == "cpu"
-    generator = torch if is_cpu else torch.get_device_module(device)
-    state = generator.get_rng_state()
+    generator, where = (torch, ()) if is_cpu else (torch.get_device_module(device), (device,))
+    state = generator.get_rng_state(*where)
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         with torch.random.fork_rng([] if is_cpu else [device], device_type="cuda" if is_cpu else device.type):
-            generator.set_rng_state(state)
+            generator.set_rng_state(state, *where)
             yield
 
     return context

@@ -7,11 +7,12 @@ the products. Memory then grows by what is captured and by one block, not by eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from surgery.family import Family
 from surgery.masks import Mask, Rows, to_additive
@@ -76,7 +77,7 @@ def with_matrix(surgery: Host, output: Tensor, call: Call) -> Tensor:
     seen, z = _Seen(queries), _Joined(queries, 1)
     for rows in _blocks(surgery, call, chosen):
         mask = _mask(surgery, call, rows)
-        surgery.where = Where(base.query_offset + rows[0], base.key_offset, mask.allowed, base.is_cross, base.filled)
+        surgery.where = replace(base, query_offset=base.query_offset + rows[0], allowed=mask.allowed)
         graph, arguments = _graph(surgery, call, chosen, mask.additive, rows)
 
         def at(site: str, tensor: Tensor, rows: Rows = rows) -> Tensor:
@@ -101,7 +102,7 @@ def _mask(surgery: Host, call: Call, rows: Rows) -> Mask:
 def _choose(surgery: Host, call: Call) -> _Chosen:
     """The call for the heads whose matrix is needed; for all, if something that the function reads has no clear head axis."""
     heads, rows = Heads(surgery.matrix_heads), [head // call.groups for head in surgery.matrix_heads]
-    key, value = (t[:, rows] if call.groups > 1 else heads.take(t) for t in (call.key, call.value))
+    key, value = (Heads(rows).take(t) for t in (call.key, call.value))
     kwargs = {name: _of_heads(surgery, argument, heads) for name, argument in call.kwargs.items()}
     arguments = surgery.rewriter.bind(heads.take(call.query), key, value, None, kwargs)
     tensors = {}
@@ -175,8 +176,10 @@ def _limit(call: Call) -> int:
 def _may_split(surgery: Host, call: Call, chosen: _Chosen) -> bool:
     if call.query.shape[0] * len(chosen.held) * call.query.shape[2] * call.key.shape[2] <= _limit(call):
         return False
-    if surgery.family.allowed is not None or (surgery.edited_matrix_heads and surgery.module.training):
-        return False  # a rule for all queries; dropout, whose random numbers would be drawn in another order
+    if surgery.family.allowed is not None or call.query.is_meta or isinstance(call.query, FakeTensor):
+        return False  # a rule for all queries; tensors without data, which take no memory
+    if surgery.edited_matrix_heads and any(module.training for module in surgery.module.modules()):
+        return False  # dropout, whose random numbers would be drawn in another order
     if not all(operation.acts_by_row for site in MATRIX_SITES for operation in surgery.plan.of(site)):
         return False
     graph, arguments = _graph(surgery, call, chosen, _mask(surgery, call, (0, 1)).additive, (0, call.query.shape[2]))

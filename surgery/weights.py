@@ -97,7 +97,7 @@ def composition_scores(model: nn.Module, sender_layer: str | int, receiver_layer
     if kind not in get_args(Composition):
         allowed = ", ".join(map(repr, get_args(Composition)))
         raise SpecError(describe("composition_scores", f"kind={kind!r}", allowed, "Use one of these."))
-    anatomy = anatomy_of(model)
+    anatomy = anatomy_of(model, strict=False)
     sender, receiver = heads_at(model, anatomy, sender_layer), heads_at(model, anatomy, receiver_layer)
     _check_order(anatomy, sender, receiver, kind)
     wrote, read = sender.ov_circuit(), receiver.ov_circuit() if kind == "v" else receiver.qk_circuit()

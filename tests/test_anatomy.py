@@ -423,6 +423,36 @@ class InList(nn.Module):
         return _attend(*(map_(x) for map_ in self.maps))
 
 
+class Clipped(nn.Module):
+    """A projection in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).clamp(-1, 1)
+
+
+class Wrapped(Inline):
+    """The projections wrapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (Clipped() for _ in range(3))
+
+
+class Torchs(nn.Module):
+    """torch's own function, with everything handed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.multi_head_attention_forward(x, x, x, 8, 2)[0]  # type: ignore[call-arg]
+
+
 class Raw(nn.Module):
     """The projections as matrices of the module."""
 
@@ -490,6 +520,8 @@ UNKNOWN = [
     FusedAlone,
     InList,
     Raw,
+    Wrapped,
+    Torchs,
     functools.partial(nn.MultiheadAttention, 8, 2),
 ]
 

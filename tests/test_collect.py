@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES, HEADS, KV_HEADS, LAYERS
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertModel, GPT2Config, GPT2LMHeadModel
 
 from surgery import (
     Edit,
@@ -430,3 +431,39 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     description, _ = Reference("mean", {("a", "z"): Entry(torch.zeros(1, 1))}).describe("")
     with pytest.raises(SpecError, match=r"KeyError: '0'"):
         Reference.from_description(description, {})
+
+
+def test_cross_attended_keys_have_the_mask_of_their_own_sequence() -> None:
+    config = GPT2Config(n_layer=1, n_head=4, n_embd=32, vocab_size=67, n_positions=32, add_cross_attention=True, eos_token_id=2)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    own, source = torch.ones(2, 6), torch.ones(2, 6)
+    own[0, :4], source[1, 2:] = 0, 0
+    states = torch.randn(2, 6, 32)
+    inputs = {
+        "input_ids": torch.arange(12).view(2, 6) + 5, "attention_mask": own, "encoder_hidden_states": states,
+        "encoder_attention_mask": source,
+    }  # fmt: skip
+    mean = collect_reference(model, [inputs], "v", ["cross.0"], progress=False)["cross.0", "v"]
+    with torch.no_grad(), capture(model, "v", ["cross.0"]) as run:
+        model(**inputs, use_cache=False)
+    weight = source[:, None, :, None].double()
+    expected = (run["cross.0", "v"].double() * weight).sum((0, 2)) / weight.sum()
+    # Sums in another order.
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_call_of_a_module_that_layers_share_counts() -> None:
+    config = AlbertConfig(
+        vocab_size=67, embedding_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = AlbertModel(config).eval(), torch.arange(12).view(2, 6)
+    mean = collect_reference(model, [ids], "z", progress=False)[0, "z"]
+    with torch.no_grad(), capture(model, "z") as run:
+        model(ids)
+    steps = run.steps(0, "z")
+    assert len(steps) == 3 and not torch.allclose(steps[0], steps[2], atol=1e-2)
+    # Sums in another order.
+    torch.testing.assert_close(mean, torch.stack(steps).mean((0, 1, 3)), rtol=1e-5, atol=1e-6)

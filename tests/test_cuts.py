@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from surgery.captures import capture
-from surgery.patch import patch_model, patched
+from surgery.errors import SpecError
+from surgery.patch import patch_model, patched, unpatch_model
 from surgery.reference import ANY, Entry, Reference
 from surgery.spec import Edit, Freeze, Spec
 
@@ -325,7 +326,7 @@ def edits(draw: Any, name: str, actions: Any = None, sites: Any = SITES) -> Edit
     action = draw(st.sampled_from([a for a in actions or ACTIONS if a not in TEMPLATES or site == "pattern"]))
     heads = draw(st.one_of(st.just("all"), st.lists(st.integers(0, HEADS - 1), min_size=1, max_size=HEADS, unique=True)))
     word, arguments = ACTIONS.get(action, (action, lambda site, heads, d: {}))
-    gqa = draw(st.sampled_from(["isolated", "shared"]))
+    gqa = draw(st.sampled_from(["isolated", "shared"])) if site in ("k", "rot_k", "v") else "isolated"
     count = HEADS if heads == "all" else len(heads)
     if gqa == "shared" and site in ("k", "rot_k", "v") and heads != "all":
         size = HEADS // (KV_HEADS if name in GROUPED else HEADS)
@@ -570,3 +571,65 @@ def test_resampling_gives_every_row_another_row(site: str) -> None:
         assert all(i != j for i, j in enumerate(order)), "no row stays"
         orders.add(order)
     assert len(orders) > 1, "the seed matters"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "llama", "phi3"])
+def test_no_results_are_no_output_also_before_a_norm(name: str, dtype: torch.dtype) -> None:
+    """A norm behind the output projection would blow up what rounding leaves of terms that cancel."""
+    model, inputs = FAMILIES[name].build("eager", dtype), FAMILIES[name].inputs()
+    found = []
+    for site in ("z", "result"):
+        with patched(model, Edit(site, "zero")), torch.no_grad():
+            found.append(model(**inputs).logits)
+    assert torch.equal(*found)
+
+
+def test_values_need_not_reach_beyond_what_is_cut() -> None:
+    """The pattern of nine tokens put into the first nine rows of twelve, whole and token by token."""
+    model, ids = FAMILIES["llama"].build(), FAMILIES["llama"].inputs(length=12, padding=0)["input_ids"]
+    with torch.no_grad(), capture(model, "pattern") as run:
+        plain = model(ids[:, :9]).logits
+    cut = Edit("pattern", "activation", reference=run, positions=range(9))
+    with torch.no_grad():
+        before = model(ids).logits
+        with patched(model, cut):
+            # Products over more keys, whose entries are 0.
+            torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(ids).logits[:, :9], plain, rtol=1e-4, atol=1e-4)
+            assert model.generate(ids[:, :9], max_new_tokens=3, do_sample=False).shape == (2, 12)
+        with (
+            patched(model, Edit("pattern", "activation", reference=run)),
+            pytest.raises(SpecError, match="used at position 11"),
+        ):
+            model(ids)
+    matrix = torch.full((5, 5), 0.5, requires_grad=True)
+    with patched(model, Edit("scores", "scale", matrix, positions=range(5))):
+        model(ids).logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("site", ["v", "pattern"])
+def test_watching_another_site_does_not_move_a_cut(site: str) -> None:
+    model, inputs = FAMILIES["llama"].build("sdpa"), FAMILIES["llama"].inputs()
+    patch_model(model, Edit(site, "zero", heads=[1]))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with capture(model, ["rot_q", "z"]):
+            assert torch.equal(model(**inputs).logits, expected)
+        with capture(model, site) as run:
+            model(**inputs)
+    assert bool((run[0, site][:, 1] == 0).all()), "where it is watched, it is seen"
+
+
+def test_a_number_of_the_module_that_changes_later_counts() -> None:
+    """MPT reads its scale when it computes; the reconstruction, too."""
+    model, inputs = FAMILIES["mpt"].build(), FAMILIES["mpt"].inputs()
+    patch_model(model, Edit("scores", "scale", 1.0))
+    for module in model.modules():
+        if hasattr(module, "softmax_scale"):
+            module.softmax_scale *= 2
+    with torch.no_grad():
+        found = model(**inputs).logits
+        unpatch_model(model)
+        assert torch.equal(found, model(**inputs).logits)

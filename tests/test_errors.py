@@ -35,6 +35,7 @@ from surgery import (
     patched,
     self_test,
     unpatch_model,
+    weights,
 )
 from surgery.errors import describe, listing
 from surgery.reference import Entry
@@ -778,3 +779,28 @@ def test_a_long_value_is_not_printed_whole() -> None:
 def test_a_slip_is_met_with_what_was_meant(make: Any, meant: str) -> None:
     with pytest.raises(SpecError, match=rf"Did you mean '{meant}'\?"):
         make()
+
+
+def test_a_model_that_was_patched_as_far_as_possible_stays_so(llama: Any) -> None:
+    """strict=False is said once."""
+    model = nn.ModuleDict({"known": FAMILIES["llama"].build(), "other": Inline()})
+    with pytest.warns(UserWarning, match="leaves as they are"):
+        patch_model(model, strict=False)
+    freeze_ov_circuit(model, heads=[1])
+    with capture(model, "z"), patched(model, Freeze("qk")):
+        pass
+    assert weights.W_Q(model, 0).shape[0] == 4
+    unpatch_model(model)
+    with pytest.raises(UnsupportedArchitectureError):
+        patch_model(model)
+    with pytest.raises(NoMatchError, match=r"no attention module but .*Inline"):
+        patch_model(nn.ModuleDict({"other": Inline()}), strict=False)
+
+
+def test_a_wrapper_that_hands_on_attributes_is_no_foreign_class(llama: Any) -> None:
+    layer = llama.model.layers[0]
+    layer.self_attn = torch.compile(layer.self_attn, backend="eager")
+    with patched(llama, Freeze("ov")):
+        pass
+    unpatch_model(patch_model(llama, Freeze("ov")))
+    layer.self_attn = layer.self_attn._orig_mod

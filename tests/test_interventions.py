@@ -283,10 +283,10 @@ def test_only_the_chosen_heads_change(numbers: tuple[int, ...]) -> None:
     assert torch.equal(chosen.take(x.transpose(1, 2), 2), x.transpose(1, 2)[:, :, list(numbers)])
 
 
-def test_values_by_head_go_to_the_heads_in_ascending_order() -> None:
+def test_values_by_head_go_to_the_heads_in_the_order_of_their_names() -> None:
     x = torch.zeros(1, 4, 1, 1)
     value = torch.tensor([[1.0], [3.0]])
-    assert apply(Edit("z", "value", value, heads=[3, 1]), x, heads=(1, 3)).flatten().tolist() == [0, 1, 0, 3]
+    assert apply(Edit("z", "value", value, heads=[3, 1]), x, heads=(1, 3)).flatten().tolist() == [0, 3, 0, 1]
 
 
 def test_a_tensor_may_hold_some_heads_only() -> None:
@@ -294,7 +294,6 @@ def test_a_tensor_may_hold_some_heads_only() -> None:
     value = torch.tensor([[-1.0], [-3.0]])
     edit = operation(Edit("pattern", "value", value[:, :, None]), heads=(1, 3))
     assert edit.apply(x[:, [1, 2, 3]], NEW, held=(1, 2, 3)).flatten().tolist() == [-1, 2, -3]
-    assert edit.apply(x[:, [0, 2]], NEW, held=(0, 2)).flatten().tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("held", [None, (0, 2)])

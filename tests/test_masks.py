@@ -618,6 +618,7 @@ def no_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Any:
         raise AssertionError("the attention matrix was computed")
 
+    monkeypatch.setattr("surgery.patch.verify", lambda attention: None)  # it runs the reconstruction, once in a process
     monkeypatch.setattr(Reconstruction, "__call__", refuse)
 
 
@@ -825,3 +826,24 @@ def test_beside_compiled_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.allclose(found[1], expected[1], atol=1e-4, rtol=1e-4)
         whole_eager = patch_model(model, kernel="eager")(**inputs).logits
         assert torch.equal(whole_eager, FAMILIES["llama"].build("eager")(**inputs).logits)
+
+
+def test_a_block_mask_may_differ_by_head() -> None:
+    """Odd heads see two keys only; the other heads all."""
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & ((h % 2 == 0) | (q - k < 2))
+
+    mask = create_block_mask(rule, 2, 4, LENGTH, LENGTH, device="cpu")
+    query = torch.zeros(2, 4, LENGTH, 8)
+    allowed = to_additive("flex_attention", mask, query, query, nn.Identity(), {}).allowed
+    assert allowed is not None and allowed.shape == (2, 4, LENGTH, LENGTH)
+    near = torch.ones(LENGTH, LENGTH).bool().tril() & ~torch.ones(LENGTH, LENGTH).bool().tril(-2)
+    for head in range(4):
+        assert torch.equal(allowed[0, head], near if head % 2 else torch.ones(LENGTH, LENGTH).bool().tril())
+    model = build("llama", "flex_attention")
+    with torch.no_grad():
+        plain = model(tokens(), attention_mask=mask, use_cache=False).logits
+        patch_model(model, Edit("scores", "scale", 1.0))
+        # The reconstruction beside another kernel.
+        assert torch.allclose(model(tokens(), attention_mask=mask, use_cache=False).logits, plain, atol=1e-4, rtol=1e-4)

@@ -36,7 +36,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
             seen.append(rows)
             yield rows
 
-    monkeypatch.setattr(surgery.unfused, "BLOCK_ENTRIES", {"cpu": FEW})
+    monkeypatch.setattr(surgery.unfused, "BLOCK_ENTRIES", {"cpu": FEW, "other": FEW})
     monkeypatch.setattr(surgery.unfused, "_blocks", spy)
     return seen
 
@@ -271,3 +271,9 @@ def test_a_patched_block_leaves_no_trace(blocks: list[Any]) -> None:
     with patched(model, spec):
         assert_close(logits(model, inputs), expected)
     assert len(set(blocks)) > 1
+
+
+def test_a_model_without_data_runs_at_once(blocks: list[Any]) -> None:
+    model = patch_model(FAMILIES["gpt2"].build("sdpa").to("meta"), Edit("scores", "scale", 0.5, heads=[1]))
+    assert model.transformer.h[0].attn(torch.zeros(2, LENGTH, 32, device="meta"))[0].is_meta
+    assert set(blocks) == {(0, LENGTH)}

@@ -170,7 +170,7 @@ def test_the_checks_can_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None
     anatomy = anatomy_of(model)
     projection = anatomy[1].projections[site]
     anatomy[1].projections[site] = Projection(projection.owner, projection.name, projection.channels.flip(0))
-    monkeypatch.setattr("surgery.heads.anatomy_of", lambda model: anatomy)
+    monkeypatch.setattr("surgery.heads.anatomy_of", lambda model, strict: anatomy)
     broken = ("llama", model, anatomy, Watched(family, model, anatomy))
     with pytest.raises(AssertionError):
         (test_only_its_own_pattern_reads_a_heads_q_and_k if site in "qk" else test_z_and_output)(broken)
