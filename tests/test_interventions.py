@@ -732,6 +732,19 @@ def test_activations_of_another_batch_or_width() -> None:
     assert torch.equal(apply(one, X.expand(4, 2, 3, 2)), -X.expand(4, 2, 3, 2)), "one row serves every row"
 
 
+@pytest.mark.parametrize("action", ["mean", "value"])
+def test_a_compiled_graph_that_cannot_raise_gives_nan(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean of a step of decoding, and a value for fewer positions than there are."""
+    edit = Edit("z", "mean") if action == "mean" else Edit("z", "value", torch.zeros(2, 4, 2))
+    late, early = (Where(query_offset=torch.tensor(n)) for n in (3, 0))
+    with pytest.raises((SpecError, CacheError)):
+        apply(edit, X, late)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = apply(edit, X, late)
+    assert bool(found[:, :, 1:].isnan().all()) and bool(found[:, :, 0].isnan().all()) == (action == "mean")
+    assert not bool(apply(edit, X, early).isnan().any())
+
+
 def test_every_action_has_its_arithmetic() -> None:
     known = {name.removeprefix("_by_") for name in vars(Operation) if name.startswith("_by_")} - {"template"}
     assert known | set(templates.TEMPLATES) == set(ACTIONS) == set(REPLACING) | set(TRANSFORMING) | set(TEMPLATES)
