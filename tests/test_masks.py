@@ -602,7 +602,9 @@ class SlowFlash:
     def imported(self, implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         """What transformers imports of the package."""
         functions = (self.flash, self.varlen, None, hf_flash._pad_input, hf_flash._unpad_input)
-        return functions, (hf_flash._lazy_define_process_function(self.varlen), dict)
+        keywords = hf_flash._lazy_define_process_function(self.varlen)
+        # Older versions have none for the function that reads a cache.
+        return functions, (keywords, dict) if hasattr(hf_flash, "_process_with_kvcache_kwargs_fn") else keywords
 
 
 @pytest.fixture
