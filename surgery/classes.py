@@ -154,7 +154,9 @@ def _tap(name: str, taps: Callable[[Any], dict[str, Tap]]) -> property:
 @functools.cache
 def _attention_view(base: type, taps: tuple[str, ...], members: tuple[tuple[str, Any], ...]) -> type:
     def config(self: Any) -> Any:
-        surgery, config = self._surgery, self.__dict__.get("config")
+        surgery = self._surgery
+        # Of the module, whose class has no such property: torch 2.11's compiler takes this view's __dict__ for its attributes.
+        config = getattr(surgery.module, "config", None)
         if config is None:
             raise AttributeError("config")
         if surgery.config is not config:

@@ -119,7 +119,7 @@ class Surgery:
 
     def require(self, sites: Iterable[str]) -> None:
         """After the family's forward: these points must have been reached."""
-        if missing := set(sites) - self.reached:
+        if missing := [site for site in sites if site not in self.reached]:
             raise SurgeryError(
                 describe(
                     f"{self.path!r}",
