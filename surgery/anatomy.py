@@ -20,6 +20,9 @@ from surgery.family import Family
 from surgery.record import Recording
 from surgery.sites import SITES
 
+HERE = "\0"
+"""Stands in a message for the attentions that it holds for, until `grouped` names them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Projection:
@@ -84,21 +87,23 @@ class Attention:
             groups[self.projections[site].path if known else site].append(site if known else f"({site})")
         return " | ".join("+".join(sites) for sites in groups.values())
 
-    def problem_at(self, site: str, what: str) -> list[str]:
+    def beyond(self, heads: Any) -> list[str]:
+        """Why there are not all of these heads; empty if there are."""
+        missing = [] if heads == "all" else [head for head in heads if head >= self.heads]
+        expected = f"heads 0 to {self.heads - 1}"
+        return [describe(HERE, f"heads {missing}", expected, "Heads count from 0.")] if missing else []
+
+    def underived(self, site: str) -> list[str]:
         """Why a site does not exist here: it is at a projection that could not be derived. Empty if it does."""
         projection = SITES[site].projection
         if projection is None or projection in self.projections:
             return []
         found = f"site {site!r}: {self.why[projection]}"
-        return [describe(what, found, "a site that exists", f"Use site {SITES[site].instead!r}.")]
+        return [describe(HERE, found, "a site that exists", f"Use site {SITES[site].instead!r}.")]
 
     def __repr__(self) -> str:
         heads = f"{self.heads} heads over {self.kv_heads} kv heads, d_head {self.d_head}"
         return f"Attention({self.address}: {self.class_name} at {self.path!r}, {heads})"
-
-
-HERE = "\0"
-"""Stands in a message for the attentions that it holds for, until `grouped` names them."""
 
 
 def grouped(problems: Iterable[tuple[Attention, str]]) -> list[str]:

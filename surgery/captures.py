@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from surgery.anatomy import HERE, Anatomy, Attention, grouped
+from surgery.anatomy import Anatomy, grouped
 from surgery.errors import NoMatchError, SpecError, closest, describe, listing
 from surgery.fields import listed
 from surgery.patch import Kernel, anatomy_of, probed
@@ -168,7 +168,8 @@ def capture(
         raise SpecError(describe("capture", "no sites", "at least one", f"Choose from {', '.join(SITES)}."))
     attentions = anatomy.select(checked[0].layers, "capture")
     chosen = None if checked[0].heads == "all" else listed(heads)
-    if problems := grouped((a, p) for a in attentions for site in sites for p in _problems(a, site, chosen)):
+    misfits = [(a, p) for a in attentions for p in (*a.beyond(checked[0].heads), *(q for s in sites for q in a.underived(s)))]
+    if problems := grouped(misfits):
         raise SpecError(listing("capture", problems))
     wanted = [(a.address, site, chosen) for a in attentions for site in sites]
     run = Run(anatomy, wanted, detach, keep)
@@ -177,9 +178,3 @@ def capture(
         probes.setdefault(address, []).append(Probe(site, numbers, functools.partial(run._take, (address, site))))
     with probed(model, probes, kernel, strict):
         yield run
-
-
-def _problems(attention: Attention, site: str, heads: Any) -> Iterator[str]:
-    if beyond := [head for head in heads or () if head >= attention.heads]:
-        yield describe(HERE, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")
-    yield from attention.problem_at(site, HERE)

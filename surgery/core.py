@@ -12,13 +12,12 @@ from surgery.anatomy import Attention
 from surgery.cache import check_cache, find_cache, is_updated, n_queries, offsets
 from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
-from surgery.masks import Mask, is_additive, to_additive
 from surgery.plan import Plan, Probe, Session
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
 from surgery.samples import plain, sample_arguments
 from surgery.sites import MATRIX_SITES, SITES
-from surgery.unfused import Call, with_matrix
+from surgery.unfused import Call, mask_of, with_matrix
 from surgery.where import Where
 
 _PAGED_SITES = frozenset({"q", "k", "rot_q", "z", "result"})
@@ -43,6 +42,7 @@ class Surgery:
         self.matrix_heads = plan.heads_at(MATRIX_SITES, self.heads)
         self.edited_matrix_heads = plan.heads_at(MATRIX_SITES, self.heads, probes=False)
         self.result_heads = plan.heads_at(("result",), self.heads)
+        self.edited_result_heads = plan.heads_at(("result",), self.heads, probes=False)
         self.edits_kv = bool(plan.of("rot_k") or plan.of("v"))
         self.needs_position = bool(plan.probes) or any(o.needs_position for site in plan.operations.values() for o in site)
         own = {site for tap in self.taps.values() for site in tap.sites}
@@ -144,7 +144,7 @@ class Surgery:
         if implementation is None or self.plan.reconstruct:
             implementation = self.implementation
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
-            return self._all_heads(implementation, query, key, value, attention_mask, kwargs)
+            return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups))
         query = self.at("rot_q", query)
         module, groups = self.module, self.core_groups
         if self.edits_kv and groups > 1:
@@ -202,27 +202,16 @@ class Surgery:
     def _seen(self, site: str, tensor: Tensor, heads: tuple[int, ...] | None, held: Sequence[int] | None) -> Tensor:
         """What a probe gets: its heads, whether or not the kv heads are repeated by now."""
         groups = self.heads // tensor.shape[1] if held is None else 1
-        if heads is None:
-            if site in ("k", "v") and not self.plan.of(site):
-                return tensor[:, :: tensor.shape[1] // self.kv_heads]
-            if site in ("k", "v"):
-                return tensor  # after cuts, the heads of a group may differ
-            if groups > 1:
-                return tensor.repeat_interleave(groups, 1)
-            return tensor
-        rows = [head // groups if held is None else list(held).index(head) for head in heads]
-        return tensor[:, rows]
+        if heads is not None:
+            return tensor[:, [head // groups if held is None else list(held).index(head) for head in heads]]
+        if site not in ("k", "v"):
+            return tensor.repeat_interleave(groups, 1) if groups > 1 else tensor
+        # After cuts, the heads of a group may differ.
+        return tensor if self.plan.of(site) else tensor[:, :: tensor.shape[1] // self.kv_heads]
 
-    def _all_heads(
-        self, implementation: str, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, Any]:
+    def _all_heads(self, call: Call) -> tuple[Tensor, Any]:
         """Everything by the reconstruction, every point in its place."""
-        mask = Mask(attention_mask, None)
-        if not self.family.is_eager(implementation) or (self.matrix_heads and is_additive(attention_mask)):
-            name = "eager" if self.family.is_eager(implementation) else implementation
-            mask = to_additive(name, attention_mask, query, key, self.module, kwargs)
+        mask = mask_of(self, call)
         self.where.allowed = mask.allowed
-        if self.family.allowed is not None and self.matrix_heads:
-            self.where.allowed = self.family.allowed(self.module, query, key, attention_mask, kwargs)
-        arguments = self.rewriter.bind(query, key, value, mask.additive, kwargs)
-        return self.rewriter.graph(arguments, self.core_groups)(self.at, self.module, arguments)
+        arguments = self.rewriter.bind(call.query, call.key, call.value, mask.additive, call.kwargs)
+        return self.rewriter.graph(arguments, call.groups)(self.at, self.module, arguments)

@@ -47,9 +47,14 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
             + "\nDescribe these classes in a file like those in patches/, or pass strict=False to leave them as they are."
         )
     if not attentions:
-        found = f"no attention module but {', '.join(unsupported)}" if unsupported else "no attention module"
+        if unsupported:
+            raise NoMatchError(
+                listing(f"{type(model).__name__} has no attention module but those that cannot be patched", unsupported)
+            )
         raise NoMatchError(
-            describe(type(model).__name__, found, "at least one", "Pass a transformers model with softmax attention.")
+            describe(
+                type(model).__name__, "no attention module", "at least one", "Pass a transformers model with softmax attention."
+            )
         )
     base = getattr(type(model), "_surgery_base", type(model))
     return Anatomy(tuple(attentions), tuple(unsupported), base.__name__)

@@ -158,14 +158,12 @@ class Operation:
         return (total / allowed.sum(dim=(0, 2), keepdim=True).clamp(min=1)).expand_as(original)
 
     def _by_noise(self, original: Tensor, where: Where) -> Tensor:
-        heads, width = original.shape[1], original.shape[3]
         positions = positions_of(original, where.offset(self.site))
-        columns = torch.arange(width, device=original.device)
+        columns = torch.arange(original.shape[3], device=original.device)
         if SITES[self.site].is_matrix:
             columns = columns + where.key_offset
         numbers = [self.stream + (1 << 40) * head for head in self.noise_heads]
         noise = torch.stack([gaussian(number, positions, columns) for number in numbers]).to(original.dtype)[None]
-        noise = noise if noise.shape[1] == heads else noise[:, :heads]
         mean, spread = self._moments(original, where)
         return (mean + spread * noise).expand_as(original)
 

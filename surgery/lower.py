@@ -119,9 +119,9 @@ def _problems(placement: Placement, fingerprint: str) -> list[str]:
     edit, attention = placement.edit, placement.attention
     what = f"cut {placement.number} at {HERE}"
     found = []
-    if edit.heads != "all" and (beyond := [head for head in edit.heads if head >= attention.heads]):
-        return [describe(what, f"heads {beyond}", f"heads 0 to {attention.heads - 1}", "Heads count from 0.")]
-    found += attention.problem_at(edit.site, what)
+    if beyond := attention.beyond(edit.heads):
+        return [f"cut {placement.number} at {problem}" for problem in beyond]
+    found += [f"cut {placement.number} at {problem}" for problem in attention.underived(edit.site)]
     if edit.site == "k" and edit.gqa == "isolated" and attention.group_size > 1 and edit.heads != "all":
         group = attention.group_size
         if any({h // group for h in edit.heads} & {h // group} and h not in edit.heads for h in range(attention.heads)):

@@ -61,16 +61,15 @@ class Tap:
 
         Not output - before + after: what rounding leaves of two terms that should cancel, a norm behind would blow up.
         """
-        heads = self.surgery.result_heads
+        heads, cut = self.surgery.result_heads, self.surgery.edited_result_heads
         parts = torch.stack([head_result(projection, x, channels[head], replay) for head in heads], dim=1)
         edited = self.surgery.at("result", parts, heads)
-        if not self.surgery.plan.of("result"):
+        if not cut:
             return output
-        cut = sorted({head for operation in self.surgery.plan.of("result") for head in operation.heads})
         own = Heads([heads.index(head) for head in cut])
         before, after = own.take(parts), own.take(edited)
         with replay():
-            others = projection.forward(x.index_fill(-1, channels[cut].flatten().to(x.device), 0))
+            others = projection.forward(x.index_fill(-1, channels[list(cut)].flatten().to(x.device), 0))
         changed = (before != after).any(dim=1).any(dim=-1, keepdim=True)
         return torch.where(changed, others + after.sum(dim=1), output + (after - before).sum(dim=1))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from surgery.family import Family
-from surgery.masks import Mask, Rows, to_additive
+from surgery.masks import Mask, Rows, is_additive, to_additive
 from surgery.plan import Plan, Probe
 from surgery.reconstruction import Reconstruction, read
 from surgery.rewrite import Rewriter
@@ -76,7 +76,7 @@ def with_matrix(surgery: Host, output: Tensor, call: Call) -> Tensor:
     edited, base, queries = surgery.edited_matrix_heads, surgery.where, call.query.shape[2]
     seen, z = _Seen(queries), _Joined(queries, 1)
     for rows in _blocks(surgery, call, chosen):
-        mask = _mask(surgery, call, rows)
+        mask = mask_of(surgery, call, rows)
         surgery.where = replace(base, query_offset=base.query_offset + rows[0], allowed=mask.allowed)
         graph, arguments = _graph(surgery, call, chosen, mask.additive, rows)
 
@@ -91,12 +91,18 @@ def with_matrix(surgery: Host, output: Tensor, call: Call) -> Tensor:
     return Heads(edited).put(output, z.whole(), 2) if edited else output
 
 
-def _mask(surgery: Host, call: Call, rows: Rows) -> Mask:
-    mask = to_additive(call.implementation, call.mask, call.query, call.key, surgery.module, call.kwargs, rows)
-    if surgery.family.allowed is None:
+def mask_of(surgery: Host, call: Call, rows: Rows | None = None) -> Mask:
+    """The mask of some rows (None for all) as eager attention takes it, and what it allows where the matrix is needed.
+
+    What a family gives its own eager attention is passed on as it is, in whatever form that may be.
+    """
+    mask, is_eager = Mask(call.mask, None), surgery.family.is_eager(call.implementation)
+    if not is_eager or (surgery.matrix_heads and is_additive(call.mask)):
+        name = "eager" if is_eager else call.implementation
+        mask = to_additive(name, call.mask, call.query, call.key, surgery.module, call.kwargs, rows)
+    if surgery.family.allowed is None or not surgery.matrix_heads:
         return mask
-    allowed = surgery.family.allowed(surgery.module, call.query, call.key, call.mask, call.kwargs)
-    return Mask(mask.additive, allowed, mask.empty_rows)
+    return replace(mask, allowed=surgery.family.allowed(surgery.module, call.query, call.key, call.mask, call.kwargs))
 
 
 def _choose(surgery: Host, call: Call) -> _Chosen:
@@ -182,7 +188,7 @@ def _may_split(surgery: Host, call: Call, chosen: _Chosen) -> bool:
         return False  # dropout, whose random numbers would be drawn in another order
     if not all(operation.acts_by_row for site in MATRIX_SITES for operation in surgery.plan.of(site)):
         return False
-    graph, arguments = _graph(surgery, call, chosen, _mask(surgery, call, (0, 1)).additive, (0, call.query.shape[2]))
+    graph, arguments = _graph(surgery, call, chosen, mask_of(surgery, call, (0, 1)).additive, (0, call.query.shape[2]))
     if id(graph) not in _BY_ROW:
         _BY_ROW[id(graph)] = _acts_by_row(surgery, call, graph, arguments)
     return _BY_ROW[id(graph)]
