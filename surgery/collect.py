@@ -16,6 +16,7 @@ from surgery.errors import SpecError, describe
 from surgery.patch import anatomy_of
 from surgery.reference import Entry, Reference
 from surgery.sites import SITES
+from surgery.taps import runs_on
 
 
 @dataclass
@@ -79,7 +80,7 @@ def collect_reference(
     anatomy = anatomy_of(model, strict)
     state: dict[tuple[str, str], _Moments] = {}
     dtypes: dict[tuple[str, str], torch.dtype] = {}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = runs_on(model)
     with torch.no_grad(), capture(model, sites, layers, detach=True, strict=strict) as run:
         for batch in tqdm(data, desc="reference", unit="batch", disable=not progress):
             inputs = _inputs(batch, device)

@@ -6,6 +6,8 @@ the module computes, and where it differs (or there is none), the module itself 
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery.errors import SurgeryError, UnsupportedArchitectureError, describe
 from surgery.family import input_width
+from surgery.record import HOOKS
+from surgery.taps import at_hand, has_numbers, runs_on, runs_own_forward
 
 LinearMap = tuple[Tensor, Tensor | None]
 """(d_in, d_out) and (d_out,) or None: the output is x @ matrix + bias."""
@@ -26,27 +30,30 @@ def linear_of(module: nn.Module, path: str) -> LinearMap:
 
     Linear stores (d_out, d_in), Conv1D (d_in, d_out); it is (d_in, d_out) here. Both are the parameters or views of them,
     and computed from the parameters where an adapter adds to them, so gradients flow. Active adapters are included, as
-    without dropout; a quantised weight is dequantised, in the type that the module computes in.
+    without dropout; a quantised weight is dequantised, to what it multiplies with in evaluation mode. An offloaded weight is
+    loaded; it is a copy.
     Raises UnsupportedArchitectureError if the module is no linear map, SurgeryError if its weights are on the meta device.
     """
-    if any(parameter.is_meta for parameter in module.parameters()):
-        raise SurgeryError(
-            describe(
-                f"the weight of {path!r}",
-                "it on the meta device, without data",
-                "a weight in memory",
-                "Load the model fully, on a CPU if need be; offloaded modules have no weight between forwards.",
+    with at_hand(module):
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise SurgeryError(
+                describe(
+                    f"the weight of {path!r}",
+                    "it on the meta device, without data",
+                    "a weight in memory",
+                    "Load the model fully, on a CPU if need be.",
+                )
             )
-        )
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in module.__dict__:
-        stored = _stored(module)
-        if stored is not None:
-            return stored
+        if type(module).forward in (nn.Linear.forward, Conv1D.forward) and runs_own_forward(module):
+            stored = _stored(module) if has_numbers(module.weight) else None
+            if stored is not None:
+                return stored
     found = ""
-    for find in (_stored, _adapted, _asked):
+    for find in (_dequantised,) if _is_quantised(module) else (_stored, _adapted, _asked):
         try:
-            candidate = find(module)
-            if candidate is not None and _agrees(module, *candidate):
+            with at_hand(module):
+                candidate = find(module)
+            if candidate is not None and (find is _dequantised or _agrees(module, *candidate)):
                 return candidate
         except Exception as error:  # any failure of a foreign module's code means the same: not known
             found = f" ({type(error).__name__}: {error})"
@@ -61,26 +68,28 @@ def linear_of(module: nn.Module, path: str) -> LinearMap:
 
 
 def _stored(module: nn.Module) -> LinearMap | None:
-    """From the module's own weight, if it has one of numbers."""
+    """From the module's own weight, if it has one of numbers or one that says how to get them."""
     if hasattr(module, "base_layer") or not isinstance(module, nn.Linear | Conv1D):
         return None
     weight: Tensor = module.weight
     if type(weight).dequantize is not Tensor.dequantize:  # a subclass that stores numbers in its own way
         weight = weight.dequantize()
-    if not _is_wide(weight):
+    if not has_numbers(weight):
         return None
     return (weight if isinstance(module, Conv1D) else weight.mT), module.bias
 
 
-def _adapted(module: Any) -> LinearMap | None:
+def _adapted(module: Any, base: LinearMap | None = None) -> LinearMap | None:
     """From a base layer and what the active adapters add to it, if they say what that is (as PEFT's LoRA does)."""
-    base = _stored(getattr(module, "base_layer", nn.Identity()))
+    base = _stored(getattr(module, "base_layer", nn.Identity())) if base is None else base
     if base is None:
         return None
     matrix, bias = base
     if module.merged or module.disable_adapters:
         return base
     for adapter in module.active_adapters:
+        if adapter in getattr(module, "lora_variant", ()):
+            return None  # it does more than add (DoRA scales the sum)
         if adapter in module.scaling:
             delta = module.get_delta_weight(adapter)
             matrix = matrix + (delta if isinstance(module.base_layer, Conv1D) else delta.mT).to(matrix)
@@ -100,6 +109,49 @@ def _asked(module: Any) -> LinearMap | None:
         bias = module.forward(torch.zeros(1, 1, width, dtype=dtype, device=device))[0, 0]
         matrix = module.forward(torch.eye(width, dtype=dtype, device=device)[None])[0] - bias
     return matrix, (bias if bool(bias.any()) else None)
+
+
+def _dequantised(module: Any) -> LinearMap | None:
+    """Of a quantised module: what its weight, with its adapters, says of itself, if that is what a copy of it answers.
+
+    What is answered is without gradient: the copy's parameters are not the module's.
+    """
+    double = _double(module)
+    with torch.no_grad():
+        asked = _asked(double)
+    if asked is None or not _agrees(double, *asked):
+        return None
+    base = getattr(module, "base_layer", None)
+    if base is None:
+        known = _stored(module)
+    else:
+        with torch.no_grad():
+            known = _stored(base) or _asked(double.base_layer)
+        known = _adapted(module, known)
+    # One part in 255: inputs of 8 bits shrink a unit vector by that; bfloat16 rounds to as much.
+    return known if known is not None and _is_close(known[0], asked[0], 8e-3) else asked
+
+
+def _double(module: Any) -> Any:
+    """A copy to run: some quantised layers repack their weight or settle on a type in their first forward.
+
+    That must not happen to the module itself because someone looked at it. The user's hooks stay behind.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        memo.update({id(part.__dict__[hooks]): OrderedDict() for hooks in HOOKS})
+        if "_hf_hook" in part.__dict__:
+            memo[id(part._hf_hook)] = part._hf_hook
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception:  # handles of a foreign kernel
+        return module
+
+
+def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """As parts of the largest entry."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return bool(((found - expected).abs() <= tolerance * expected.abs().amax()).all())
 
 
 @torch.no_grad()
@@ -134,15 +186,10 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 def _numbers(module: nn.Module) -> tuple[torch.dtype, torch.device]:
     """The type and place that inputs of a module should have."""
     tensors = [*module.parameters(), *module.buffers()]
-    dtype = next((t.dtype for t in tensors if _is_wide(t)), torch.float32)
-    return dtype, next((t.device for t in tensors), torch.device("cpu"))
-
-
-def _is_wide(tensor: Tensor) -> bool:
-    """Whether its entries are numbers by themselves: 8-bit floats are not, their scales lie elsewhere."""
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    # 8-bit floats are storage: their scales lie elsewhere.
+    dtype = next((t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.float32)
+    return dtype, runs_on(module)
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.dim() > 1]
-    return any(not _is_wide(t) or type(t).dequantize is not Tensor.dequantize for t in tensors)
+    return not all(has_numbers(t) for t in (*module.parameters(), *module.buffers()) if t.dim() > 1)

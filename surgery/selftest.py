@@ -13,6 +13,7 @@ from surgery.classes import SurgicalAttention
 from surgery.errors import ParityError, PatchError, describe, listing
 from surgery.interventions import Operation
 from surgery.patch import patch_model, patched, session_of, unpatch_model
+from surgery.taps import runs_on
 
 
 def self_test(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[str]:
@@ -77,7 +78,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, Any]:
         raise ParityError(
             describe("self_test", f"a model that takes {name}", "inputs to test on", f"Pass inputs={{{name!r}: ...}}.")
         )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = runs_on(model)
     config: Any = model.config
     tokens = (torch.arange(14, device=device) * 7 + 3).remainder(config.get_text_config().vocab_size).view(2, 7)
     inputs = {"input_ids": tokens}

@@ -594,6 +594,13 @@ class Coded(Tensor):
     def dequantize(self) -> Tensor:
         return self.as_subclass(Tensor) / 2
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight, bias = args
+            return func(x, weight.dequantize(), bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
 
 class Clipped(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
