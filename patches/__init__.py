@@ -6,8 +6,12 @@ to tests/families.py. The README beside this file says what goes into it.
 
 from patches import bloom as bloom
 from patches import codegen as codegen
+from patches import diffllama as diffllama
+from patches import examples as examples
 from patches import falcon as falcon
+from patches import flint as flint
 from patches import gpt2 as gpt2
 from patches import gpt_neo as gpt_neo
 from patches import gptj as gptj
 from patches import mpt as mpt
+from patches import torch_multihead as torch_multihead

@@ -5,6 +5,7 @@ A patched module sees another implementation's name, and so comes to the interfa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,4 +51,5 @@ REORDERED = Family(eager, interface=ALL_ATTENTION_FUNCTIONS)
     "transformers.models.decision_transformer.modeling_decision_transformer.DecisionTransformerGPT2Attention",
 )
 def describe(module: Any, family: Family | None) -> Family | None:
-    return REORDERED if module.reorder_and_upcast_attn else family
+    # Shown the name "eager", such a module would leave for a method of its own.
+    return REORDERED if module.reorder_and_upcast_attn or family is None else replace(family, shows_name=False)

@@ -29,12 +29,14 @@ class Projection:
     """Where a head's channels lie in a linear map.
 
     owner: module path of the module that calls it; name: attribute path below the owner; channels: (head, d) numbers of
-    output channels (q, k, v) or of input channels (o).
+    output channels (q, k, v) or of input channels (o). batch_axes: how many axes of what it reads are
+    the batch, before positions; 0 for (position, batch, d_model).
     """
 
     owner: str
     name: str
     channels: Tensor
+    batch_axes: int = 1
 
     @property
     def path(self) -> str:
@@ -127,11 +129,15 @@ def summary(fingerprint: str) -> str:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """All attention modules of a model, in the order of the model, and what could not be understood."""
+    """All attention modules of a model, in the order of the model, and what could not be understood.
+
+    unsupported: softmax attention that cannot be patched, or may be; others: what is seen to be none, and is left alone.
+    """
 
     attentions: tuple[Attention, ...]
     unsupported: tuple[str, ...]
     model_class: str
+    others: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Attention]:
         return iter(self.attentions)

@@ -32,12 +32,14 @@ def layer_of(module: nn.Module) -> int:
     return 0
 
 
-def check_cache(cache: Cache, fingerprint: str, module: nn.Module, path: str) -> None:
+def check_cache(cache: Cache, fingerprint: str, module: nn.Module, path: str, is_cross: bool = False) -> None:
     """Marks an empty cache with a spec's fingerprint. Raises CacheError for one that was filled under another spec."""
-    stamp = getattr(cache, STAMP, "")
+    # A few families hand the parts of such a cache to their modules, and the whole to others.
+    parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
+    stamp = next((s for c in (cache, *parts) if (s := getattr(c, STAMP, ""))), "")
     if stamp == fingerprint:
         return
-    filled = cache.get_seq_length(layer_of(module))
+    filled = _length(parts[1] if parts and is_cross else cache, layer_of(module))
     if isinstance(filled, Tensor) and torch.compiler.is_compiling():
         filled = 0  # a compiled graph cannot read it: a static cache without our mark is taken for an empty one
     if bool(filled > 0):
@@ -49,7 +51,16 @@ def check_cache(cache: Cache, fingerprint: str, module: nn.Module, path: str) ->
                 "Start generation anew: keys and values depend on the cuts (which may begin late: positions=range(n, m)).",
             )
         )
-    setattr(cache, STAMP, fingerprint)
+    for one in (cache, *parts):
+        setattr(one, STAMP, fingerprint)
+
+
+def _length(cache: Cache, layer: int) -> Any:
+    """How many positions a layer has filled; 0 for one that reads another layer's keys and values."""
+    try:
+        return cache.get_seq_length(layer)
+    except ValueError:
+        return 0
 
 
 def is_updated(cache: Cache | None, module: nn.Module) -> bool:
@@ -72,9 +83,12 @@ def offsets(cache: Cache, module: nn.Module, is_cross: bool, queries: int) -> tu
     """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     layer = layer_of(module)
-    first = own.get_seq_length(layer)
+    try:
+        first, seen = own.get_seq_length(layer), layer
+    except ValueError:  # this layer reads the keys of another, which has counted the queries
+        first, seen = own.get_seq_length() - queries, 0
     # A static cache counts in place.
     first = first.clone() if isinstance(first, Tensor) else first
     if is_cross:
         return first - queries, 0, None
-    return first, own.get_mask_sizes(1, layer)[1], first + queries
+    return first, own.get_mask_sizes(1, seen)[1], first + queries

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.configs import config_view
 from surgery.core import Surgery
+from surgery.inline import Inline
 from surgery.reconstruction import Reconstruction
-from surgery.record import config_view
 from surgery.sites import SITES
 from surgery.taps import Tap, Tapped
 from surgery.trace import GROUPS
@@ -45,7 +46,7 @@ class SurgicalAttention(Surgical):
         attach(self)
 
     @property
-    def reconstruction(self) -> Reconstruction:
+    def reconstruction(self) -> Reconstruction | Inline:
         """The rewritten eager attention; `print(module.reconstruction.code)` shows it with its intervention points."""
         return self._surgery.reconstruction
 
@@ -132,6 +133,9 @@ def attach(module: Any) -> None:
     surgery.attach(module, _share(_ungrouped_view(base), module))
     members = tuple(surgery.family.members.items())
     surgery.view = _share(_attention_view(base, tuple(sorted(surgery.taps)), members), module)
+    if (config := module.__dict__.get("config")) is not None:
+        # Made now, so that torch.compile never meets the making of a class.
+        surgery.config, surgery.config_view = config, config_view(config, surgery.family.shows_name)
 
 
 def attach_owner(module: Any) -> None:
@@ -160,7 +164,7 @@ def _attention_view(base: type, taps: tuple[str, ...], members: tuple[tuple[str,
         if config is None:
             raise AttributeError("config")
         if surgery.config is not config:
-            surgery.config, surgery.config_view = config, config_view(config)
+            surgery.config, surgery.config_view = config, config_view(config, surgery.family.shows_name)
         return surgery.config_view
 
     names = {name: _tap(name, lambda self: self._surgery.taps) for name in taps}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from surgery.anatomy import Attention
 from surgery.cache import check_cache, find_cache, is_updated, n_queries, offsets
 from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
+from surgery.inline import Inline, record_inline
 from surgery.plan import Plan, Probe, Session
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
@@ -19,6 +20,9 @@ from surgery.samples import plain, sample_arguments
 from surgery.sites import MATRIX_SITES, SITES
 from surgery.unfused import Call, mask_of, with_matrix
 from surgery.where import Where
+
+_MASKED = -5000.0
+"""Scores of an inline attention below this are masked: families add -10,000, -1e9, the dtype's minimum, or minus infinity."""
 
 _PAGED_SITES = frozenset({"q", "k", "rot_q", "z", "result"})
 
@@ -30,7 +34,11 @@ class Surgery:
         self.session = session
         self.address, self.path, self.is_cross = attention.address, attention.path, attention.kind == "cross"
         self.heads, self.kv_heads, self.core_groups = attention.heads, attention.kv_heads, attention.core_groups
-        self.sample = {name: attention.recording.shapes[name] for name in "qkv"}, plain(attention.recording.core["kwargs"])
+        self.sample = (
+            {name: attention.recording.shapes[name] for name in "qkv"},
+            plain(attention.recording.core.get("kwargs", {})),
+        )
+        self.family: Family = attention.family
         self.taps: dict[str, Any] = {}
         self.set_plan(Plan())
 
@@ -54,7 +62,6 @@ class Surgery:
         self.module: Any = None
         self.view: Any = None
         self.ungrouped: Any = None
-        self.family: Family = None  # type: ignore[assignment]
         self.rewriter: Rewriter = None  # type: ignore[assignment]
         self.config: Any = None
         self.config_view: Any = None
@@ -68,10 +75,12 @@ class Surgery:
 
     def attach(self, module: nn.Module, ungrouped: Any) -> None:
         """Takes the live module, and its view without head groups; whoever calls sets the view that its forward runs on."""
-        family = find_family(module)
-        assert family is not None
-        self.module, self.ungrouped, self.family = module, ungrouped, family
-        self.rewriter = Rewriter(family.eager, module)
+        if self.family is None:
+            self.family = find_family(module) or record_inline(module, self.is_cross).family
+        self.module, self.ungrouped = module, ungrouped
+        if self.family.inline is not None and not self.family.inline.is_fused:
+            return
+        self.rewriter = Rewriter(self.family.eager, module)
         for masked in (False, True):
             # Made now, so that torch.compile never meets the tracer.
             arguments = sample_arguments(self.rewriter, *self.sample, masked=masked)
@@ -82,6 +91,8 @@ class Surgery:
     @property
     def implementation(self) -> str:
         """The attention implementation that the unpatched module would run now."""
+        if self.family.inline is not None:
+            return "sdpa" if self.family.inline.is_fused else "eager"
         config = self.module.__dict__.get("config")
         return getattr(config, "_attn_implementation", None) or "eager"
 
@@ -93,14 +104,18 @@ class Surgery:
     @property
     def kernel_in_use(self) -> str:
         """The kernel that the next forward runs, in words."""
+        if self.family.inline is not None and not self.family.inline.is_fused:
+            return "its own code"
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(self.implementation)):
             return "reconstructed eager"
         more = f" + {len(self.matrix_heads)} of {self.heads} heads reconstructed" if self.matrix_heads else ""
         return f"{self.implementation}{more}"
 
     @property
-    def reconstruction(self) -> Reconstruction:
-        """The rewritten eager attention of this module, for a call with a mask."""
+    def reconstruction(self) -> Reconstruction | Inline:
+        """The rewritten eager attention of this module, for a call with a mask; the whole forward where it is inline."""
+        if self.family.inline is not None:
+            return self.family.inline
         return self.rewriter.graph(sample_arguments(self.rewriter, *self.sample, masked=True), self.core_groups)
 
     # -- one forward ----------------------------------------------------------------------------------------------------
@@ -108,7 +123,7 @@ class Surgery:
     def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Before the family's forward: checks the KV cache, and reads from it where in the sequence this call is."""
         if (cache := find_cache(args, kwargs)) is not None:
-            check_cache(cache, self.session.spec.fingerprint(), self.module, self.path)
+            check_cache(cache, self.session.spec.fingerprint(), self.module, self.path, self.is_cross)
         if not self.is_idle:
             self.reached = set()
             self.awaited = self.expected - {"k"} if self.is_cross and is_updated(cache, self.module) else self.expected
@@ -132,9 +147,16 @@ class Surgery:
     # -- the core -------------------------------------------------------------------------------------------------------
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, implementation: str | None = None, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        implementation: str | None = None,
+        done: Collection[str] = (),
+        **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Attention with the plan's cuts; see `surgery.interface.attend` for shapes.
+        """Attention with the plan's cuts; see `surgery.interface.attend` for shapes. done: sites whose point came before.
 
         In the module's own kernel, unless the attention matrix of some heads is needed: then these heads alone are
         computed by the reconstruction, all of them where the module computes its matrix anyway.
@@ -144,14 +166,14 @@ class Surgery:
         if implementation is None or self.plan.reconstruct:
             implementation = self.implementation
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
-            return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups))
-        query = self.at("rot_q", query)
+            return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups), done)
+        query = query if "rot_q" in done else self.at("rot_q", query)
         module, groups = self.module, self.core_groups
         if self.edits_kv and groups > 1:
             # Heads of a group no longer read the same keys and values.
             module, groups = self.ungrouped, 1
             key, value = (torch.repeat_interleave(t, self.core_groups, 1) for t in (key, value))
-        key, value = self.at("rot_k", key), self.at("v", value)
+        key, value = key if "rot_k" in done else self.at("rot_k", key), self.at("v", value)
         output, weights = self.family.kernel(implementation)(module, query, key, value, attention_mask, **kwargs)
         if self.matrix_heads:
             call = Call(implementation, query, key, value, attention_mask, kwargs, groups)
@@ -170,6 +192,56 @@ class Surgery:
                 )
             )
 
+    def spot(self, site: str, tensor: Tensor) -> Tensor:
+        """An intervention point in the code of an inline attention, where the tensor has the axes of that code."""
+        if site not in self.plan.sites and not (site == "scores" and self.edited_matrix_heads):
+            return tensor
+        layout = self.family.inline.layouts[site]
+        standard = layout.to_standard(tensor)
+        if site == "scores":
+            self.where.allowed = standard > _MASKED
+        if self.plan.of(site) and standard.shape[1] < self.heads:
+            standard = standard.repeat_interleave(self.heads // standard.shape[1], 1)
+        is_watched = site in self.plan.probes
+        # The class may go on in place with what it has here; what is captured must not follow.
+        edited = self.at(site, standard.clone() if is_watched else standard)
+        if not self.plan.of(site):
+            return tensor
+        return layout.from_standard(edited.clone() if is_watched else edited, tensor)
+
+    def fused(
+        self,
+        kernel: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """In place of torch's scaled_dot_product_attention in the code of a class that calls it itself."""
+        layouts = self.family.inline.layouts
+        given = {"rot_q": query, "rot_k": key, "v": value}
+        standard = [layouts[site].to_standard(tensor) for site, tensor in given.items()]
+        mask = attn_mask
+        if mask is not None:
+            mask = layouts["rot_q"].to_standard(mask.expand(*query.shape[:-1], key.shape[-2]))
+        like = query[..., :1].expand(*query.shape[:-1], value.shape[-1])
+
+        def call(*tensors: Tensor) -> Tensor:
+            own = [layouts[site].from_standard(t, tensor) for (site, tensor), t in zip(given.items(), tensors, strict=True)]
+            options = {"enable_gqa": True} if enable_gqa and own[1].shape != own[0].shape else {}
+            output = kernel(*own, attn_mask, dropout_p, is_causal, scale=scale, **options)
+            return layouts["z"].to_standard(output).transpose(1, 2)
+
+        scaling = query.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = standard
+        own = {"dropout": dropout_p, "is_causal": is_causal, "scaling": scaling, "call": call}
+        output, _ = self.attend(q, k, v, mask, "sdpa", self.family.inline.before, **own)
+        return layouts["z"].from_standard(output.transpose(1, 2), like)
+
     def at(
         self,
         site: str,
@@ -186,7 +258,7 @@ class Surgery:
             return tensor
         self.reached.add(site)
         if site in ("rot_k", "v") and site in self.plan.probes:
-            tensor = tensor.clone()  # a static cache writes on in what it hands out
+            tensor = _copied(tensor)  # a static cache writes on in what it hands out
         for operation in self.plan.of(site):
             before, tensor = tensor, operation.apply(tensor, self.where, held)
             if self.session.watch is not None:
@@ -209,9 +281,20 @@ class Surgery:
         # After cuts, the heads of a group may differ.
         return tensor if self.plan.of(site) else tensor[:, :: tensor.shape[1] // self.kv_heads]
 
-    def _all_heads(self, call: Call) -> tuple[Tensor, Any]:
+    def _all_heads(self, call: Call, done: Collection[str]) -> tuple[Tensor, Any]:
         """Everything by the reconstruction, every point in its place."""
         mask = mask_of(self, call)
         self.where.allowed = mask.allowed
         arguments = self.rewriter.bind(call.query, call.key, call.value, mask.additive, call.kwargs)
-        return self.rewriter.graph(arguments, call.groups)(self.at, self.module, arguments)
+
+        def at(site: str, tensor: Tensor) -> Tensor:
+            return tensor if site in done else self.at(site, tensor)
+
+        return self.rewriter.graph(arguments, call.groups)(at if done else self.at, self.module, arguments)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy; of one head that stands for several, so that products of it give the very same bits, one head again."""
+    if tensor.stride(1) == 0 and tensor.shape[1] > 1:
+        return tensor[:, :1].clone().expand_as(tensor)
+    return tensor.clone()

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from surgery.addresses import find_addresses
 from surgery.anatomy import Anatomy, Attention, Projection
 from surgery.errors import NoMatchError, UnsupportedArchitectureError, describe, listing
-from surgery.family import Family, computes_attention, find_family
+from surgery.family import Family, computes_attention, find_family, is_projection
+from surgery.inline import record_inline
 from surgery.interface import attend as _registered  # noqa: F401 (importing it registers our implementation)
-from surgery.labels import BASE
+from surgery.labels import BASE, WEIGHT
 from surgery.record import record, record_parent
+from surgery.steps import Defeat
 
 
 def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
@@ -28,17 +30,20 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
         paths.setdefault(module, []).append(path)
     families = {m: f for m in paths if (f := find_family(m)) is not None}
     inline = [m for m in paths if m not in families and computes_attention(m)]
-    unsupported = [
-        f"{paths[m][0]!r} ({type(m).__name__}): a softmax over a product of its projections, computed inline"
-        for m in inline
-        # A model's own softmax is that of its head and of sampling, if attention is in its parts.
-        if not (isinstance(m, PreTrainedModel) and any(part in families or part in inline for part in list(m.modules())[1:]))
+    # A model's own softmax is that of its head and of sampling, if attention is in its parts.
+    parts = {*families, *inline}
+    inline = [
+        m for m in inline if not (isinstance(m, PreTrainedModel) and any(part in parts for part in list(m.modules())[1:]))
     ]
-    named = find_addresses({m: p for m, p in paths.items() if m in families})
-    attentions = []
-    for module, (addresses, kind, layer) in named.items():
+    attentions, unsupported, others = [], [], []
+    for module, (addresses, kind, layer) in find_addresses(
+        {m: p for m, p in paths.items() if m in families or m in inline}
+    ).items():
         try:
-            attentions.append(_examine(model, module, tuple(paths[module]), families[module], addresses, kind, layer))
+            family = families.get(module)
+            attentions.append(_examine(model, module, tuple(paths[module]), family, addresses, kind, layer))
+        except NotAttention as error:
+            others.append(str(error))
         except UnsupportedArchitectureError as error:
             unsupported.append(str(error))
     if unsupported and strict:
@@ -47,9 +52,11 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
             + "\nDescribe these classes in a file like those in patches/, or pass strict=False to leave them as they are."
         )
     if not attentions:
-        if unsupported:
+        if unsupported or others:
             raise NoMatchError(
-                listing(f"{type(model).__name__} has no attention module but those that cannot be patched", unsupported)
+                listing(
+                    f"{type(model).__name__} has no attention module but those that cannot be patched", unsupported + others
+                )
             )
         raise NoMatchError(
             describe(
@@ -57,20 +64,33 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
             )
         )
     base = getattr(type(model), "_surgery_base", type(model))
-    return Anatomy(tuple(attentions), tuple(unsupported), base.__name__)
+    return Anatomy(tuple(attentions), tuple(unsupported), base.__name__, tuple(others))
+
+
+class NotAttention(UnsupportedArchitectureError):
+    """What a module computes is no softmax over products of queries and keys that weights values: left alone."""
+
+
+_INLINE = "a softmax over q k^T whose pattern multiplies v, each step written out in the class's own code"
+_DO = "Describe the class in a file like those in patches/."
 
 
 def _examine(
     model: nn.Module,
     module: nn.Module,
     paths: tuple[str, ...],
-    family: Family,
+    family: Family | None,
     addresses: tuple[str, ...],
     kind: Literal["self", "cross"],
     layer: int,
 ) -> Attention:
     try:
-        found = record(module, family, kind == "cross")
+        found = record_inline(module, kind == "cross") if family is None else record(module, family, kind == "cross")
+    except Defeat as error:
+        what = f"{paths[0]!r} ({type(module).__name__})"
+        raise (NotAttention if error.is_other else UnsupportedArchitectureError)(
+            describe(what, error.reason if error.place is None else f"{error.reason}, at {error.place}", _INLINE, _DO)
+        ) from error
     except Exception as error:
         raise UnsupportedArchitectureError(
             describe(
@@ -80,6 +100,15 @@ def _examine(
                 "Give the arguments that it needs in a file in patches/.",
             )
         ) from error
+    if found.calls > 1:
+        raise UnsupportedArchitectureError(
+            describe(
+                f"{paths[0]!r} ({type(module).__name__})",
+                f"a forward that calls its attention function {found.calls} times",
+                "one call, which the cuts of a head mean",
+                "Describe the class in a file in patches/, by a forward that makes one call of them.",
+            )
+        )
     (_, heads, _, d_head), (_, kv_heads, _, _), (_, _, _, d_value) = (found.shapes[n] for n in "qkv")
     if heads % kv_heads:
         raise UnsupportedArchitectureError(
@@ -87,7 +116,7 @@ def _examine(
         )
     core_groups, kv_heads = heads // kv_heads, _distinct(found.labels.get("v"), kv_heads)
     attention = Attention(
-        addresses[0], paths, module, family, kind, layer, found, heads, kv_heads, d_head, d_value, addresses, core_groups
+        addresses[0], paths, module, found.family, kind, layer, found, heads, kv_heads, d_head, d_value, addresses, core_groups
     )
     for site in ("q", "k", "v"):
         _derive_input(attention, site)
@@ -108,8 +137,14 @@ def _derive_input(attention: Attention, site: str) -> None:
     if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
         attention.why[site] = f"{site} does not come from a projection by views and elementwise arithmetic alone"
         return
-    owners = sorted({attention.recording.owner(int(label)) for label in labels.flatten()})
     channels = labels.remainder(BASE)
+    if bool((labels >= WEIGHT * BASE).any()):
+        attention.why[site] = f"{site} is a parameter"
+        return
+    owners = sorted({attention.recording.owner(int(label)) for label in labels.flatten()})
+    if getattr(attention.recording.witness, "weights", ()) and owners[0] in attention.recording.witness.weights:
+        attention.why[site] = f"{site} comes from the parameter {owners[0]}, which no module applies"
+        return
     if len(owners) > 1:
         attention.why[site] = f"{site} is joined from the projections {', '.join(owners)}"
         return
@@ -118,10 +153,14 @@ def _derive_input(attention: Attention, site: str) -> None:
     if channels.unique().numel() < channels.numel():
         attention.why[site] = f"{site} heads share channels of {owners[0]}"
         return
+    if not is_projection(attention.module.get_submodule(owners[0])):
+        attention.why[site] = f"{site} comes from {owners[0]}, which is no map of the last axis (a convolution)"
+        return
     # A tap is set on the module that calls the projection: the last attribute is its name there.
     inner, _, name = owners[0].rpartition(".")
     owner = ".".join(part for part in (attention.path, inner) if part)
-    attention.projections[site] = Projection(owner, name, _order(channels) if site in "qk" else channels)
+    batch_axes = attention.recording.batch_axes(owners[0], site)
+    attention.projections[site] = Projection(owner, name, _order(channels) if site in "qk" else channels, batch_axes)
 
 
 def _order(channels: Tensor) -> Tensor:
@@ -142,9 +181,14 @@ def _derive_output(model: nn.Module, attention: Attention) -> None:
         attention.why["o"] = "z does not reach a projection by views and elementwise arithmetic alone"
         return
     name, labels = recording.output
+    if not is_projection(model.get_submodule(".".join(part for part in (owner, name) if part))):
+        attention.why["o"] = f"{name}, which reads z, is no map of the last axis (a convolution)"
+        return
     if not recording.ends_in(name):
         attention.why["o"] = f"{name}, which reads z, is not the last map before the output"
         return
+    recording.shapes.setdefault("q", attention.recording.shapes["q"])
+    batch_axes = recording.batch_axes(name, "q")
     order = torch.argsort(labels)
     if labels.numel() != attention.heads * attention.d_value or not torch.equal(labels[order], torch.arange(labels.numel())):
         attention.why["o"] = f"{name} reads {labels.numel()} channels that are not the {attention.heads} heads' z, each once"
@@ -152,4 +196,4 @@ def _derive_output(model: nn.Module, attention: Attention) -> None:
     # A tap is set on the module that calls the projection: the last attribute is its name there.
     inner, _, name = name.rpartition(".")
     owner = ".".join(part for part in (owner, inner) if part)
-    attention.projections["o"] = Projection(owner, name, order.view(attention.heads, attention.d_value))
+    attention.projections["o"] = Projection(owner, name, order.view(attention.heads, attention.d_value), batch_axes)

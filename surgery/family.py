@@ -35,6 +35,8 @@ class Family:
     allowed(module, query, key, attention_mask, kwargs): which keys a query may attend to, boolean (batch | 1, head | 1,
       query, key) or None for all; only where the mask argument alone does not say it.
     example(module): extra arguments of the class's forward for recording it, by name.
+    shows_name: the forward reads the implementation's name itself, and is shown the unpatched module's.
+    inline: the class's own code with points in it (`surgery.inline.Inline`), where that is the reconstruction.
     """
 
     eager: Callable[..., Any]
@@ -43,6 +45,8 @@ class Family:
     interface: Any = None
     allowed: Callable[..., Tensor | None] | None = None
     example: Callable[[nn.Module], dict[str, Any]] | None = None
+    inline: Any = None
+    shows_name: bool = False
 
     def kernel(self, implementation: str) -> Callable[..., Any]:
         """The function that the unpatched module calls under an implementation."""
@@ -75,6 +79,36 @@ def register_patch(*classes: str) -> Callable[[Callable[..., Family | None]], Ca
         return describe
 
     return decorate
+
+
+Example = Callable[[Any, Tensor], dict[str, Any]]
+
+_EXAMPLES: dict[str, Example] = {}
+
+
+def register_example(*classes: str) -> Callable[[Example], Example]:
+    """Registers `example(module, states) -> dict`: arguments, by name, that the forward of an inline class cannot do without.
+
+    states: hidden states, (batch, position, d_model), as the forward is given them in its recorded run. Classes and errors
+    as in `register_patch`.
+    """
+
+    def decorate(example: Example) -> Example:
+        for name in classes:
+            if name in _EXAMPLES and _EXAMPLES[name] is not example:
+                raise ValueError(f"register_example: {name} has an example already")
+            _EXAMPLES[name] = example
+        return example
+
+    return decorate
+
+
+def example_of(module: nn.Module, states: Tensor) -> dict[str, Any]:
+    """The arguments that are registered for a module's class."""
+    load_patches()
+    own: Any = type(module)
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in own.__mro__)
+    return next((_EXAMPLES[name](module, states) for name in names if name in _EXAMPLES), {})
 
 
 @functools.cache
@@ -110,8 +144,20 @@ def _interface_family(cls: Any) -> Family | None:
             interface = next((i.argval for i in reversed(instructions[:start]) if _is_global(i)), None)
             eager = next((i.argval for i in instructions[start + 1 :] if _is_global(i)), None)
             if eager in names and interface in names:
-                return Family(names[eager], interface=names[interface])
+                return Family(names[eager], interface=names[interface], shows_name=_reads_name(cls))
     return None
+
+
+def _reads_name(cls: type) -> bool:
+    """Whether a class reads the implementation's name elsewhere than to look its function up."""
+    for function in _functions(cls):
+        names = [i.argval for i in dis.get_instructions(function)]
+        if names.count("_attn_implementation") > names.count("get_interface"):
+            return True
+        helpers = (helper.__code__.co_names for helper in _helpers(function))
+        if any("_attn_implementation" in names and "get_interface" not in names for names in helpers):
+            return True
+    return False
 
 
 def _is_global(instruction: dis.Instruction) -> bool:
@@ -130,7 +176,6 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 
 
 _KERNELS = {"scaled_dot_product_attention", "multi_head_attention_forward"}
-_SOFTMAX = {"softmax", "Softmax"} | _KERNELS
 _PRODUCT = {"matmul", "bmm", "baddbmm", "einsum"} | _KERNELS
 
 
@@ -144,8 +189,14 @@ def computes_attention(module: nn.Module) -> bool:
         return True
     own: Any = type(module)
     softmax, product = _uses(own)
-    softmax = softmax or any(isinstance(child, nn.Softmax) for child in module.children())
+    plain = [child for child in module.children() if next(child.parameters(), None) is None]
+    softmax = softmax or any(isinstance(child, nn.Softmax) for child in plain)
+    product = product or any(_uses(cls)[1] for child in plain if not (cls := _class(child)).__module__.startswith("torch."))
     return softmax and product and _n_projections(module) >= 2
+
+
+def _class(module: nn.Module) -> Any:
+    return type(module)
 
 
 def _n_projections(module: nn.Module) -> int:
@@ -155,9 +206,12 @@ def _n_projections(module: nn.Module) -> int:
         children += child.children() if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else [child]
     count = sum(parameter is not None and parameter.dim() >= 2 for parameter in module._parameters.values())
     for child in children:
-        inner = [part for part in child.modules() if is_projection(part)]
+        inner = [part for part in child.modules() if is_projection(part) or is_pointwise(part)]
         if len(inner) != 1:
             continue  # a network of its own, or none; a single map may be wrapped (clipped, normed)
+        if is_pointwise(inner[0]):
+            count += 1
+            continue
         width, inputs = projection_width(inner[0]), input_width(inner[0])
         count += 2 if width is not None and inputs is not None and width > inputs else 1
     return count
@@ -170,18 +224,29 @@ def _uses(cls: Any) -> tuple[bool, bool]:
     for function in _functions(cls):
         for part in (function, *_helpers(function)):
             names = _all_names(part.__code__)
-            softmax = softmax or bool(names & _SOFTMAX)
+            softmax = softmax or bool(names & _KERNELS) or any(_is_softmax(name) for name in names)
             product = product or bool(names & (_PRODUCT | {"@", "@="}))
     return softmax, product
 
 
+def _is_softmax(name: str) -> bool:
+    """Under whatever name; a loss takes its logarithm."""
+    return name.lower().endswith("softmax") and not name.lower().startswith(("log", "gumbel"))
+
+
 def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    """The functions of the same package that a function names."""
-    package = function.__module__.partition(".")[0]
-    for name in function.__code__.co_names:
-        helper = function.__globals__.get(name)
-        if isinstance(helper, types.FunctionType) and helper.__module__.partition(".")[0] == package:
-            yield inspect.unwrap(helper)
+    """The functions of the same package that a function names, and those that these name."""
+    package, seen, left = function.__module__.partition(".")[0], {function}, [function]
+    while left:
+        caller = left.pop()
+        for name in caller.__code__.co_names:
+            helper = inspect.unwrap(found) if callable(found := caller.__globals__.get(name)) else None
+            if not isinstance(helper, types.FunctionType) or helper in seen:
+                continue
+            if helper.__module__.partition(".")[0] == package:
+                seen.add(helper)
+                left.append(helper)
+                yield helper
 
 
 def _all_names(code: types.CodeType) -> set[str]:
@@ -196,6 +261,11 @@ def _all_names(code: types.CodeType) -> set[str]:
 def is_projection(module: nn.Module) -> bool:
     """Whether a module is a linear map of its last axis: torch's, transformers' Conv1D, quantised or with an adapter."""
     return projection_width(module) is not None
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a linear map of its second axis: a convolution over single positions."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and set(module.kernel_size) == {1} and set(module.stride) == {1}
 
 
 def projection_width(module: nn.Module) -> int | None:

@@ -10,7 +10,7 @@ from transformers.modeling_utils import AttentionInterface
 from surgery.family import IMPLEMENTATION
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
     """Attention with the module's cuts. Inline classes described in `patches/` call it from their rewritten forward.
 
     query: (batch, head, query, d_head), key and value: (batch, kv_head, key, d_head), attention_mask and kwargs as the

@@ -6,7 +6,7 @@ first labelled operand; products and sums of two projections lose them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,20 @@ def _names(text: str) -> frozenset[str]:
 
 
 BASE = 1 << 32  # label = owner * BASE + channel; -1 is "not from a projection"
+WEIGHT, SCORES, PATTERN, Z = 1 << 17, 1 << 18, 1 << 19, 1 << 20
+"""The first owner numbers of matrices that are parameters (channel: entry), of products q k^T (channel: entry of the
+product), of what a softmax makes of them, and z's."""
+
+
+def owner_of(labels: Tensor) -> int:
+    """The owner of what is labelled; -1 if nothing is."""
+    return int(labels.max()) // BASE if labels.numel() else -1
+
 
 _STRUCTURAL = _names(
     "view reshape transpose permute contiguous split split_with_sizes chunk unbind __getitem__ cat concat stack flatten "
     "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
-    "expand_as view_as t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
+    "expand_as view_as reshape_as unfold t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
 )
 _SUMS = _names("add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
 _FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
@@ -42,15 +51,25 @@ def _both_of_pairs(labels: Tensor) -> Tensor:
 _PAIRS = {"view_as_complex": _first_of_pairs, "view_as_real": _both_of_pairs}
 
 
+class Watcher(Protocol):
+    """Sees every function of labelled tensors, and may give its result other labels."""
+
+    def see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Labelled], out: Any) -> None:
+        """name: the function; given: its labelled arguments; out: its result, labelled by the rules of this file."""
+        ...
+
+
 class Labelled(Tensor):
     """A tensor with a label for each entry. Values do not matter; shapes and labels do."""
 
     labels: Tensor
+    watcher: Watcher | None = None
 
     @staticmethod
-    def make(value: Tensor, labels: Tensor) -> Labelled:
+    def make(value: Tensor, labels: Tensor, watcher: Watcher | None = None) -> Labelled:
         new = value.detach().as_subclass(Labelled)
         new.labels = labels
+        new.watcher = watcher
         return new
 
     @classmethod
@@ -59,16 +78,34 @@ class Labelled(Tensor):
         name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
             given = [a for a in _flat((args, kwargs)) if isinstance(a, Labelled)]
-            device = given[0].device if given else None
-            plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
-            out = func(*plain[0], **plain[1])
-            if name in _STRUCTURAL or (name == "__get__" and isinstance(out, Tensor)):
-                labels = tree_map(_labels, (args, kwargs))
-                return _attach(out, func(*labels[0], **labels[1]))
-            if name in _PAIRS:
-                return Labelled.make(out, _PAIRS[name](args[0].labels))
-            if name in _FRESH or name in _MIXING:
-                return Labelled.make(out, torch.full(out.shape, -1))
+            out = cls._run(func, name, args, kwargs, given)
+            watcher = next((a.watcher for a in given if a.watcher is not None), None)
+            if watcher is not None:
+                # Also what bears no labels must be known to the watcher by what it was made of.
+                out = tree_map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if type(o) is Tensor else o, out)
+                for result in _flat(out):
+                    if isinstance(result, Labelled):
+                        result.watcher = watcher
+                watcher.see(name, args, kwargs, given, out)
+        return out
+
+    @staticmethod
+    def _run(func: Any, name: str, args: Any, kwargs: Any, given: list[Labelled]) -> Any:
+        """The function's result, and its labels."""
+        device = given[0].device if given else None
+        plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
+        out = func(*plain[0], **plain[1])
+        is_structural = name in _STRUCTURAL and func is not torch.nn.functional.unfold
+        if is_structural or (name == "__get__" and isinstance(out, Tensor)):
+            labels = tree_map(_labels, (args, kwargs))
+            return _attach(out, func(*labels[0], **labels[1]))
+        if name == "pad":
+            sizes = args[1] if len(args) > 1 else kwargs["pad"]
+            return Labelled.make(out, torch.nn.functional.pad(given[0].labels, sizes, value=-1))
+        if name in _PAIRS:
+            return Labelled.make(out, _PAIRS[name](args[0].labels))
+        if name in _FRESH or name in _MIXING:
+            return Labelled.make(out, torch.full(out.shape, -1))
         return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
 
 
@@ -101,8 +138,14 @@ def _attach(out: Any, labels: Any) -> Any:
 
 def _hand_on(out: Any, given: list[Labelled], is_sum: bool) -> Any:
     if isinstance(out, Tensor):
+        values = [source for source in given if not WEIGHT <= owner_of(source.labels) < SCORES]
+        given = values or given  # a bias or a table beside values hands on nothing
         fitting = [source.labels for source in given if source.labels.shape == out.shape]
         if is_sum and len(fitting) > 1 and bool(((fitting[0] // BASE) != (fitting[1] // BASE)).any()):
+            owners = [owner_of(labels) for labels in fitting]
+            if SCORES <= max(owners) < Z and all(owner < 0 or owner >= SCORES for owner in owners):
+                # Terms of the scores, which share their axes; also those that come from elsewhere.
+                return Labelled.make(out, fitting[next(n for n, owner in enumerate(owners) if owner >= SCORES)])
             return Labelled.make(out, torch.full(out.shape, -1))  # of two projections: neither alone made it
         if fitting:
             return Labelled.make(out, fitting[0])

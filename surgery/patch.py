@@ -18,6 +18,7 @@ from surgery.lower import lower, on_meta
 from surgery.plan import Plan, Probe, Session
 from surgery.spec import Freeze, Spec
 from surgery.swap import foreign_classes, obstacles, patched_modules, restore, restore_all, swap, sweep, tap_problems
+from surgery.taps import runs_on
 from surgery.verify import verify
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -177,7 +178,7 @@ def _apply(
     plans = lower(
         spec,
         anatomy,
-        on_meta(model.parameters()),
+        on_meta(model.parameters()) and runs_on(model).type == "meta",  # offloaded weights have data
         {address: [p.site for p in watching] for address, watching in probes.items()},
     )
     for attention in anatomy:

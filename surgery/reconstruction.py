@@ -14,6 +14,14 @@ def point(at: Callable[[str, Tensor], Tensor], site: str, tensor: Tensor) -> Ten
     return at(site, tensor)
 
 
+def repeat_heads(tensor: Tensor, groups: int) -> Tensor:
+    """Each kv head once for every query head that reads it: (batch, kv_head * groups, position, d_head).
+
+    As families do it: a single head is not copied, and products of copies differ in their last bits.
+    """
+    return tensor.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
 def read(module: nn.Module, path: str) -> Any:
     """What a graph input names of the module, a tensor, a flag or a dropout: `module_sinks`, `module_training`."""
     value: Any = module
@@ -59,7 +67,7 @@ class Reconstruction:
     @property
     def code(self) -> str:
         """The generated Python source, with its intervention points."""
-        return self.graph_module.code.replace("surgery_reconstruction_point", "point")
+        return self.graph_module.code.replace("surgery_reconstruction_", "")
 
     def __call__(self, at: Callable[[str, Tensor], Tensor], module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         values = [at if n == "at" else arguments[n] if n in arguments else read(module, n) for n in self.inputs]

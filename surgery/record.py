@@ -9,19 +9,20 @@ this works for quantised, adapted, offloaded and meta modules alike.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.family import IMPLEMENTATION, Family, input_width, is_projection, projection_width
-from surgery.labels import BASE, Labelled
-
-QUERIES, SOURCE = 3, 5
-"""Lengths of the recorded sequence and of the cross-attended one: small, and different from one another."""
+from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, type_of
+from surgery.configs import config_view
+from surgery.family import Family, is_pointwise, is_projection, projection_width
+from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
+from surgery.steps import Defeat
+from surgery.witness import Witness
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Recording:
     """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
 
     projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
+    leads: the axes before the channels, by projection.
     output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     """
 
@@ -39,18 +41,25 @@ class Recording:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     output: tuple[str, Tensor] | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     calls: int = 0
+    witness: Any = None
 
     def owner(self, label: int) -> str:
         return self.projections[label // BASE]
+
+    def batch_axes(self, projection: str, site: str) -> int:
+        """How many axes of a projection's input are the core's batch; 0 if positions come first, and the batch after them."""
+        batch, _, positions, _ = self.shapes[site]
+        lead = self.leads.get(projection, ())
+        if lead == (positions, batch) != (batch, positions):
+            return 0
+        return next((n for n in range(1, len(lead)) if math.prod(lead[:n]) == batch and math.prod(lead[n:]) == positions), 1)
 
     def ends_in(self, projection: str) -> bool:
         """Whether the forward's output is that projection's, by views and elementwise arithmetic, as far as one can tell."""
         owners = self.labels["output"].div(BASE, rounding_mode="floor")
         return not owners.numel() or bool((owners == self.projections.index(projection)).any())
-
-
-_Z = 1 << 20  # the owner number of z's labels: channel = head * d_head + d
 
 
 class _State:
@@ -62,7 +71,13 @@ class _State:
     computes_as = "eager"
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, implementation: str | None = None, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        implementation: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         record = self.recording
         record.calls += 1
@@ -73,12 +88,12 @@ class _State:
                 record.labels[name] = tensor.labels[0, :, -1].clone()
         batch, heads, queries, _ = query.shape
         width = value.shape[-1]
-        labels = (torch.arange(heads * width).view(heads, width) + _Z * BASE).expand(batch, queries, heads, width)
+        labels = (torch.arange(heads * width).view(heads, width) + Z * BASE).expand(batch, queries, heads, width)
         plain = value.as_subclass(Tensor)
         return Labelled.make(plain.new_ones(batch, queries, heads, width), labels.contiguous()), None
 
     def config(self, config: Any) -> Any:
-        return config_view(config)
+        return config_view(config, self.recording.family.shows_name)
 
 
 class _Stub:
@@ -86,24 +101,30 @@ class _Stub:
 
     def __init__(self, module: nn.Module, name: str, recording: Recording, dtype: torch.dtype, device: torch.device) -> None:
         self.module, self.name, self.recording, self.dtype, self.device = module, name, recording, dtype, device
+        self.axis = 1 if is_pointwise(module) else -1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.axis == 1:
+            return self._apply(x.movedim(1, -1)).movedim(-1, 1)
+        return self._apply(x)
+
+    def _apply(self, x: Tensor) -> Tensor:
         record = self.recording
-        if isinstance(x, Labelled) and bool((x.labels >= _Z * BASE).any()):
-            record.output = (self.name, (x.labels.reshape(-1, x.shape[-1])[-1] - _Z * BASE).clone())
-        elif isinstance(x, Labelled) and bool((x.labels >= 0).any()):
+        if isinstance(x, Labelled) and bool((x.labels >= Z * BASE).any()):
+            record.output = (self.name, (x.labels.reshape(-1, x.shape[-1])[-1] - Z * BASE).clone())
+        elif isinstance(x, Labelled) and 0 <= owner_of(x.labels) < WEIGHT:
             record.inputs[self.name] = record.owner(int(x.labels.max()))
         if self.name not in record.projections:
             record.projections.append(self.name)
         owner = record.projections.index(self.name)
-        width = projection_width(self.module)
-        assert width is not None
+        width: Any = self.module.out_channels if self.axis == 1 else projection_width(self.module)
+        record.leads[self.name] = tuple(x.shape[:-1])
         shape = (*x.shape[:-1], width)
         value = torch.ones(shape, dtype=self.dtype, device=self.device)
-        return Labelled.make(value, (torch.arange(width) + owner * BASE).expand(shape).contiguous())
+        return Labelled.make(value, (torch.arange(width) + owner * BASE).expand(shape).contiguous(), record.witness)
 
 
 class _Chain(list[Any]):
@@ -115,54 +136,96 @@ class _Chain(list[Any]):
         return x
 
 
-def config_view(config: Any) -> Any:
-    """A config that shares everything with the given one, live, but names our attention implementation."""
-    view: Any = object.__new__(_config_class(type(config)))
-    object.__setattr__(view, "__dict__", config.__dict__)
-    return view
-
-
-_CONFIG_CLASSES: dict[type, type] = {}
-
-
-def _config_class(cls: type) -> type:
-    if cls not in _CONFIG_CLASSES:
-        implementation = property(lambda self: IMPLEMENTATION)
-        _CONFIG_CLASSES[cls] = type(
-            cls.__name__, (cls,), {"_attn_implementation": implementation, "__module__": cls.__module__}
-        )
-    return _CONFIG_CLASSES[cls]
-
-
 def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
     """Runs a module's forward once on stubs. Whatever the forward raises comes through."""
-    failure: Exception | None = None
-    for angles in _angles(module):
+    failures: list[tuple[int, Exception]] = []
+    for form in plain_forms(module):
         recording = Recording(family)
         try:
-            output = _run(module, "", recording, family, _arguments(module, family, is_cross, angles))
+            output = _run(module, "", recording, family, arguments_for(module, family, is_cross, form))
             break
         except Exception as error:  # of whatever kind a foreign forward raises for angles that it does not take
-            failure = failure or error
+            failures.append((len(recording.leads), error.with_traceback(None)))  # whose frames would keep every tensor
     else:
-        assert failure is not None
-        raise failure
-    assert recording.calls, "the forward did not reach the core"
+        raise _furthest(failures)
+    if not recording.calls:
+        raise RuntimeError("the forward did not reach the core")
     recording.shapes["output"] = tuple(_first(output).shape)
     recording.labels["output"] = _labels_of(output)
     return recording
+
+
+def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
+    """Runs the forward of a module that computes its attention inline before a witness: once, and with its mask or without.
+
+    Returns what the first run showed, and the witnesses. Raises Defeat if the core was seen and cannot be rewritten;
+    otherwise what the forward raised where it came furthest.
+    """
+    failures: list[tuple[int, Exception]] = []
+    for form in inline_forms(module):
+        recording = Recording(None)  # type: ignore[arg-type]
+        try:
+            output = _watched(module, is_cross, form, recording)
+            break
+        except Exception as error:  # of whatever kind a foreign forward raises for arguments that it does not take
+            failures.append((len(recording.leads), error.with_traceback(None)))  # whose frames would keep every tensor
+            if isinstance(error, Defeat) and recording.witness.has_core:
+                raise
+    else:
+        raise _furthest(failures)
+    witness, others = recording.witness, []
+    for mask in ("none", "additive", "pairs", "positions") if form.mask == "nothing" else ("none",):
+        other = Recording(None)  # type: ignore[arg-type]
+        try:
+            _watched(module, is_cross, replace(form, mask=mask), other)
+        except Exception:  # that kind of mask is not taken
+            continue
+        if other.core["given"] != recording.core["given"]:
+            others.append(other.witness)
+            break
+    for site, tensor in (("q", "rot_q"), ("k", "rot_k"), ("v", "v")):
+        found = witness.tensors[tensor]
+        standard = witness.layouts[tensor].to_standard(found.as_subclass(Tensor))
+        heads = standard.shape[1]
+        recording.shapes[site] = tuple(standard.shape)
+        if isinstance(found, Labelled):
+            labels = witness.layouts[tensor].to_standard(found.labels)[0, :heads]
+            # Padding, and rows taken from elsewhere, bear no labels.
+            full = [n for n in range(labels.shape[1]) if not bool((labels[:, n] < 0).any())]
+            recording.labels[site] = labels[:, full[-1] if full else -1].clone()
+    recording.shapes["output"] = tuple(_first(output).shape)
+    recording.labels["output"] = _labels_of(output)
+    return recording, [witness, *others]
+
+
+def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording) -> Any:
+    """One run before a witness, which must have seen the core whole."""
+    recording.witness = Witness(getattr(type(module), "_surgery_base", type(module)), recording.projections)
+    arguments = recording.core["arguments"] = arguments_for(module, None, is_cross, form)
+    recording.core["given"] = {name: getattr(value, "shape", value is None) for name, value in arguments.items()}
+    output = _run(module, "", recording, None, arguments)
+    recording.witness.check()
+    return output
+
+
+def _furthest(failures: list[tuple[int, Exception]]) -> Exception:
+    """The failure that says most: a core that was seen, or else the run that came to most projections."""
+    seen = [error for _, error in failures if isinstance(error, Defeat)]
+    return seen[0] if seen else max(failures, key=lambda one: one[0])[1]
 
 
 def record_parent(parent: nn.Module, child: str, recording: Recording) -> Recording:
     """Continues in the parent of an attention that returns z itself: finds the output projection beside it."""
     found = Recording(recording.family)
     labels = recording.labels["output"]
-    dtype, device = _type_of(parent)
+    dtype, device = type_of(parent)
 
     def attention(*args: Any, **kwargs: Any) -> Any:
         return Labelled.make(torch.ones(labels.shape, dtype=dtype, device=device), labels), None
 
-    found.labels["output"] = _labels_of(_run(parent, "", found, None, _arguments(parent, None, False), {child: attention}))
+    found.labels["output"] = _labels_of(
+        _run(parent, "", found, None, arguments_for(parent, None, False, next(plain_forms(parent))), {child: attention})
+    )
     return found
 
 
@@ -175,7 +238,7 @@ def _run(
     module: nn.Module, prefix: str, recording: Recording, family: Family | None, arguments: Mapping[str, Any], given: Any = None
 ) -> Any:
     view = _view(module, prefix, recording, family, given or {})
-    _, device = _type_of(module)
+    _, device = type_of(module)
     devices = [] if device.type in ("cpu", "meta") else [device]
     # A module in training draws its dropout; the user's random numbers must not move on.
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
@@ -187,18 +250,20 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
     base = type(module)
     if hasattr(base, "_surgery_base"):
         base = base._surgery_base
-    dtype, device = _type_of(module)
+    dtype, device = type_of(module)
 
     def getattribute(self: Any, name: str) -> Any:
         if name in given:
             return given[name]
         value = nn.Module.__getattr__(self, name)
+        if isinstance(value, nn.Parameter) and value.dim() > 1 and recording.witness is not None:
+            return recording.witness.weight(value, f"{prefix}{name}")
         if isinstance(value, nn.Module):
             return wrap(value, f"{prefix}{name}")
         return value
 
     def wrap(value: nn.Module, path: str) -> Any:
-        if is_projection(value):
+        if is_projection(value) or (is_pointwise(value) and recording.witness is not None):
             return _Stub(value, path, recording, dtype, device)
         if isinstance(value, nn.ModuleList | nn.Sequential):
             return _Chain(wrap(child, f"{path}.{name}") for name, child in value._modules.items() if child is not None)
@@ -208,7 +273,8 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
 
     members: dict[str, Any] = {"__getattr__": getattribute, **(family.members if family else {})}
     if family is not None and "config" in module.__dict__:
-        members["config"] = property(lambda self: config_view(self.__dict__["config"]))
+        shows_name = family.shows_name
+        members["config"] = property(lambda self: config_view(self.__dict__["config"], shows_name))
     view: Any = object.__new__(type(base.__name__, (base,), members))
     attributes = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward", "_surgery")}
     attributes.update({hooks: {} for hooks in HOOKS})
@@ -225,63 +291,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in HOOKS)
 
 
-def _type_of(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    parameters = list(module.parameters())
-    # 8-bit floats are storage of quantised weights, not a type that is computed in.
-    dtype = next((p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
-    # A module with any part on meta (offloaded, or not yet loaded) is recorded on meta: values are not needed.
-    devices = sorted((p.device for p in parameters), key=lambda device: device.type != "meta")
-    return dtype, devices[0] if devices else torch.device("cpu")
-
-
-_NONE = ("attention_mask", "mask", "past_key_values", "past_key_value", "layer_past", "cache", "head_mask", "position_bias")
-_SOURCES = ("key_value_states", "encoder_hidden_states")
-
-
-def _angles(module: nn.Module) -> Iterator[Any]:
-    """Positional angles in the forms that families take: cosines and sines, or complex numbers, of some width.
-
-    The width is not known here: 1 broadcasts over whatever part of d_head is rotated; a family that takes half of them needs
-    its own, which is among the module's numbers. Wrong widths and forms fail in the first product, so nothing is guessed.
-    """
-    dtype, device = _type_of(module)
-    for width in (1, 2):
-        yield (torch.ones(1, QUERIES, width, dtype=dtype, device=device),) * 2
-    yield torch.ones(1, QUERIES, 1, dtype=torch.complex64, device=device)
-    for width in sorted({v for v in vars(module).values() if type(v) is int and 2 < v <= 1024}):
-        yield (torch.ones(1, QUERIES, width, dtype=dtype, device=device),) * 2
-
-
-def _arguments(module: nn.Module, family: Family | None, is_cross: bool, angles: Any = None) -> dict[str, Any]:
-    """Arguments for a forward, by the names that transformers gives them."""
-    dtype, device = _type_of(module)
-    width = next((w for m in module.modules() if is_projection(m) and (w := input_width(m))), 1)
-    states = torch.ones(1, QUERIES, width, dtype=dtype, device=device)
-    source = torch.ones(1, SOURCE, width, dtype=dtype, device=device)
-    known: dict[str, Any] = {
-        "position_embeddings": next(_angles(module)) if angles is None else angles,
-        "position_ids": torch.arange(QUERIES, device=device)[None],
-        "cache_position": torch.arange(QUERIES, device=device),
-        "residual": states,
-        "input_tensor": states,
-        **dict.fromkeys(_NONE),
-        **dict.fromkeys(_SOURCES, source if is_cross else None),
-        **(family.example(module) if family and family.example else {}),
-    }
-    base = getattr(type(module), "_surgery_base", type(module))
-    forward = (family.members.get("forward") if family else None) or base.forward
-    arguments: dict[str, Any] = {}
-    for number, (name, parameter) in enumerate(list(inspect.signature(forward).parameters.items())[1:]):
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if number == 0:
-            arguments[name] = states
-        elif name in known:
-            arguments[name] = known[name]
-        elif parameter.default is parameter.empty:
-            arguments[name] = None
-    return arguments
-
-
 def _first(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
     return output[0] if isinstance(output, tuple | list) else output

@@ -31,10 +31,15 @@ class Tap:
     surgery: Surgery
     sites: dict[str, Tensor] = field(default_factory=dict)
     _chosen: dict[str, Heads] = field(default_factory=dict)
+    _batch_axes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, site: str, channels: Tensor) -> None:
-        """Sets the point of a site. Channels that are neighbours, as in most projections, are read and written as a view."""
+    def add(self, site: str, channels: Tensor, batch_axes: int = 1) -> None:
+        """Sets the point of a site. Channels that are neighbours, as in most projections, are read and written as a view.
+
+        batch_axes: how many of the projection's first axes are the batch; 0: they are position and batch.
+        """
         self.sites[site], self._chosen[site] = channels, Heads(channels.flatten().tolist())
+        self._batch_axes[site] = batch_axes
 
     def __call__(self, projection: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         replay = _replay(projection, x.device) if "result" in self.sites else contextlib.nullcontext
@@ -50,11 +55,21 @@ class Tap:
         """q or k: the projection's channels by head, changed where they stand."""
         chosen = self._chosen[site]
         by_head = chosen.take(output, -1).unflatten(-1, tuple(channels.shape))
-        shape = by_head.shape  # (batch, position, head, d), with more axes before head in some families
-        edited = self.surgery.at(site, by_head.flatten(1, -3).transpose(1, 2))
+        edited = self.surgery.at(site, self._lead(site, by_head, 2).transpose(1, 2))
         if not self.surgery.plan.of(site):
             return output
-        return chosen.put(output, edited.transpose(1, 2).reshape(shape).flatten(-2), -1)
+        return chosen.put(output, self._unlead(site, edited.transpose(1, 2), by_head).flatten(-2), -1)
+
+    def _lead(self, site: str, tensor: Tensor, tail: int) -> Tensor:
+        """(batch, position, ..) of a tensor; axes before the last `tail` may be positions alone, a grid, or turned round."""
+        lead, batch = tensor.dim() - tail, self._batch_axes[site]
+        if lead == 1:
+            return tensor[None]
+        return tensor.flatten(batch, lead - 1).flatten(0, batch - 1) if batch else tensor.transpose(0, 1)
+
+    def _unlead(self, site: str, tensor: Tensor, like: Tensor) -> Tensor:
+        """Back to the axes of `like`."""
+        return tensor.reshape(like.shape) if self._batch_axes[site] else tensor.transpose(0, 1)
 
     def _result(self, projection: nn.Module, x: Tensor, output: Tensor, channels: Tensor, replay: Replay) -> Tensor:
         """result: what each head adds to the output. Where it changes, the output is the other heads' with the changed ones'.
@@ -62,7 +77,9 @@ class Tap:
         Not output - before + after: what rounding leaves of two terms that should cancel, a norm behind would blow up.
         """
         heads, cut = self.surgery.result_heads, self.surgery.edited_result_heads
-        parts = torch.stack([head_result(projection, x, channels[head], replay) for head in heads], dim=1)
+        with at_hand(projection) if is_plain(projection) else contextlib.nullcontext():
+            by_head = (head_result(projection, x, channels[head], replay) for head in heads)
+            parts = torch.stack([self._lead("result", part, 1) for part in by_head], dim=1)
         edited = self.surgery.at("result", parts, heads)
         if not cut:
             return output
@@ -70,8 +87,9 @@ class Tap:
         before, after = own.take(parts), own.take(edited)
         with replay():
             others = projection.forward(x.index_fill(-1, channels[list(cut)].flatten().to(x.device), 0))
-        changed = (before != after).any(dim=1).any(dim=-1, keepdim=True)
-        return torch.where(changed, others + after.sum(dim=1), output + (after - before).sum(dim=1))
+        changed = self._unlead("result", (before != after).any(dim=1).any(dim=-1, keepdim=True), output[..., :1])
+        after, change = (self._unlead("result", t.sum(dim=1), output) for t in (after, after - before))
+        return torch.where(changed, others + after, output + change)
 
 
 def _replay(projection: nn.Module, device: torch.device) -> Replay:
@@ -97,11 +115,11 @@ def _replay(projection: nn.Module, device: torch.device) -> Replay:
 def head_result(projection: nn.Module, x: Tensor, channels: Tensor, replay: Replay = contextlib.nullcontext) -> Tensor:
     """(batch, query, d_model): what some input channels add to a linear map's output, its bias left out.
 
-    A plain map gives its own rows of the weight. Any other (quantised, adapted, offloaded) computes it itself, on an input
-    that is zero elsewhere.
+    A plain map gives its own rows of the weight. Any other (quantised, adapted) computes it itself, on an input that is zero
+    elsewhere.
     """
-    if type(projection) in (nn.Linear, Conv1D) and "forward" not in projection.__dict__:
-        weight: Any = projection.weight
+    weight: Any = projection.weight if is_plain(projection) else None
+    if weight is not None and weight.device == x.device:
         channels = channels.to(x.device)
         return x.index_select(-1, channels) @ (weight[channels] if type(projection) is Conv1D else weight[:, channels].t())
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, channels.to(x.device), True)
@@ -110,6 +128,63 @@ def head_result(projection: nn.Module, x: Tensor, channels: Tensor, replay: Repl
         part = projection.forward(torch.where(mask, x, 0))
     with replay():
         return part - projection.forward(torch.zeros_like(x[:1, :1]))
+
+
+def is_plain(projection: nn.Module) -> bool:
+    """Whether a module computes as torch's Linear or transformers' Conv1D do, with a weight of numbers."""
+    return type(projection) in (nn.Linear, Conv1D) and runs_own_forward(projection) and has_numbers(projection.weight)
+
+
+def has_numbers(weight: Any) -> bool:
+    """Whether the entries of a weight are its numbers. Those of 8-bit floats and of subclasses that pack or scale are not."""
+    own = type(weight)
+    is_wrapped = hasattr(own, "__tensor_flatten__") or own.dequantize is not Tensor.dequantize
+    return not is_wrapped and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's, but for a hook of accelerate's that only moves weights and inputs."""
+    forward = module.__dict__.get("forward" if mover(module) is None else "_old_forward")
+    # Such a hook leaves the class's own, bound, when it goes.
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def mover(module: nn.Module) -> Any:
+    """The hook by which accelerate brings a module's weights and takes them away again, or None."""
+    hook = module.__dict__.get("_hf_hook")
+    return hook if type(hook).__module__ == "accelerate.hooks" and hasattr(hook, "weights_map") else None
+
+
+def _is_away(module: nn.Module) -> bool:
+    hook = mover(module)
+    return hook is not None and hook.offload
+
+
+def at_hand(module: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, a module has the weights that accelerate keeps on disk or elsewhere between forwards.
+
+    A forward within the block takes them away again.
+    """
+    away = [part for part in module.modules() if _is_away(part)]
+    return _loaded(away) if away else contextlib.nullcontext()
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """Where a module computes, though accelerate may keep its weights elsewhere."""
+    for part in module.modules():
+        if _is_away(part) and mover(part).execution_device is not None:
+            return torch.device(mover(part).execution_device)
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _loaded(modules: list[nn.Module]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            hook = mover(module)
+            hook.pre_forward(module)
+            stack.callback(hook.post_forward, module, None)
+        yield
 
 
 class Tapped:

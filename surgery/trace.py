@@ -13,11 +13,10 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import UnsupportedArchitectureError, describe
-from surgery.reconstruction import Reconstruction, point
+from surgery.reconstruction import Reconstruction, point, repeat_heads
 from surgery.sites import CORE_SITES
 
 GROUPS = "num_key_value_groups"
@@ -90,7 +89,7 @@ def trace(
     for name, site in ((query, "rot_q"), (key, "rot_k"), (value, "v")):
         source: Any = traced[name]
         if name != query and group_size > 1:
-            source = torch.repeat_interleave(source, group_size, 1)
+            source = fx.Proxy(graph.create_node("call_function", repeat_heads, (source.node, group_size)), tracer)
         traced[name] = fx.Proxy(_point(graph, at.node, site, source.node), tracer)
     reads: dict[str, Any] = {}
     stand_in = _StandIn(module, "module_", add_input, reads)
@@ -154,6 +153,8 @@ def _path(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     if start is end:
         return [end]
     for user in start.users:
+        if user.target is getattr:
+            continue  # a shape or a type, not the values
         rest = _path(user, end)
         if rest:
             return [start, *rest]

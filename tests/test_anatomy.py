@@ -510,23 +510,66 @@ class Experts(nn.Module):
         return torch.bmm(torch.bmm(x.expand(4, -1, -1), self.up), self.down) * self.gate(x)
 
 
-UNKNOWN = [
+REWRITTEN = [
     Inline,
-    InMethods,
     Fused,
     WithModule,
     WithHelper,
-    WithInner,
     FusedAlone,
     InList,
     Raw,
     Wrapped,
-    Torchs,
     functools.partial(nn.MultiheadAttention, 8, 2),
 ]
+REFUSED = [WithInner, Torchs, functools.partial(nn.MultiheadAttention, 8, 2, add_zero_attn=True)]
+LEFT_ALONE = [InMethods]
 
 
-@pytest.mark.parametrize("make", UNKNOWN, ids=lambda m: getattr(m, "__name__", "MultiheadAttention"))
+def _id(make: Any) -> str:
+    return getattr(make, "__name__", "MultiheadAttention")
+
+
+@pytest.mark.parametrize("make", REWRITTEN, ids=_id)
+def test_an_attention_without_interface_is_found_and_patched(make: Any) -> None:
+    """Each point of its core is live, and without cuts it is what it was."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([make()])
+    module: Any = model[0]
+    x = torch.randn(2, 5, 8)
+    given = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+
+    def run() -> Tensor:
+        output = module(*given)
+        return output[0] if isinstance(output, tuple) else output
+
+    plain = run()
+    assert computes_attention(module) and [a.address for a in find_anatomy(model)] == ["self.0"]
+    assert torch.equal(run(), plain)
+    for site in ("rot_q", "rot_k", "scores", "pattern", "v", "z"):
+        with patched(model, Edit(site, "scale", 0.5)):
+            assert not torch.allclose(run(), plain), site
+    with capture(model, ["pattern", "v", "z"]) as seen:
+        assert torch.allclose(run(), plain, atol=1e-6)  # torch's fused kernels for inference may differ in the last bits
+    pattern, v, z = (seen["self.0", site] for site in ("pattern", "v", "z"))
+    assert torch.allclose(pattern.sum(-1), torch.ones_like(pattern.sum(-1)), atol=1e-6)
+    assert torch.allclose(pattern @ v, z, atol=1e-6)
+    unpatch_model(model)
+    assert torch.equal(run(), plain)
+
+
+@pytest.mark.parametrize("make", LEFT_ALONE, ids=_id)
+def test_what_only_looks_like_attention_is_left_alone_and_named(make: Any) -> None:
+    """A softmax over q k^T that weights nothing: maps of attention, pointers."""
+    model = nn.ModuleDict({"known": built("llama"), "deep": nn.ModuleList([make()])})
+    anatomy = find_anatomy(model)
+    assert [a.address for a in anatomy] == ["self.0", "self.1"] and anatomy.unsupported == ()
+    assert len(anatomy.others) == 1 and "InMethods.forward, line" in anatomy.others[0]
+    assert "no softmax attention: 'deep.0' (InMethods)" in str(inspect_model(model))
+    with pytest.raises(NoMatchError, match="that no product with values follows"):
+        find_anatomy(nn.ModuleList([make()]))
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=_id)
 def test_an_unknown_attention_is_found(make: Any) -> None:
     module = make()
     assert computes_attention(module)
@@ -672,7 +715,7 @@ def test_the_reconstruction_can_be_read() -> None:
     code = model.model.layers[0].self_attn.reconstruction.code
     points = re.findall(r"point\(at, '(\w+)'", code)
     assert points == ["rot_q", "rot_k", "v", "scores", "pattern", "z"]
-    assert f"repeat_interleave(key, {HEADS // KV_HEADS}, 1)" in code, "the head map is in the code"
+    assert f"repeat_heads(key, {HEADS // KV_HEADS})" in code, "the head map is in the code"
     with pytest.raises(AttributeError):
         _ = unpatch_model(model).model.layers[0].self_attn.reconstruction
 

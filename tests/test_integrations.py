@@ -976,7 +976,7 @@ def test_a_replaced_forward_is_refused(name: str) -> None:
 
 
 class Inline(nn.Module):
-    """An attention that nothing describes."""
+    """An attention that nothing describes, and whose weighted sum is no product of matrices."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -984,14 +984,14 @@ class Inline(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
         scores = self.q(hidden_states) @ self.k(hidden_states).transpose(-1, -2)
-        return torch.softmax(scores, dim=-1) @ self.v(hidden_states), None
+        return (torch.softmax(scores, dim=-1)[..., None] * self.v(hidden_states)[:, None]).sum(dim=2), None
 
 
 def test_an_unknown_attention_is_listed_and_never_skipped_in_silence() -> None:
     model, given = build("llama"), inputs("llama")
     torch.manual_seed(0)
     model.model.layers[0].self_attn = Inline(32)
-    model.encoder = nn.MultiheadAttention(8, 2)
+    model.encoder = nn.MultiheadAttention(8, 2, add_zero_attn=True)
     before, plain = snapshot(model), logits(model, given)
     with pytest.raises(UnsupportedArchitectureError) as error:
         patch_model(model, CUTS["none"])

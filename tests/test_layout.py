@@ -18,11 +18,12 @@ ROOT = Path(__file__).parent.parent
 
 # Files from the ground up: each imports only files above it. A new file goes where it belongs, with everything it needs above.
 ORDER = [
-    "surgery.errors", "surgery.sites", "surgery.family", "surgery.noise", "surgery.fields", "surgery.reference",
-    "surgery.values", "surgery.cuts", "surgery.spec", "surgery.where", "surgery.templates",
+    "surgery.errors", "surgery.sites", "surgery.family", "surgery.configs", "surgery.noise", "surgery.fields",
+    "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.where", "surgery.templates",
     "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut
-    "surgery.labels", "surgery.record", "surgery.interface", "surgery.addresses", "surgery.anatomy", "surgery.derive",
+    "surgery.labels", "surgery.layout", "surgery.source", "surgery.steps", "surgery.witness", "surgery.arguments",
+    "surgery.record", "surgery.interface", "surgery.inline", "surgery.addresses", "surgery.anatomy", "surgery.derive",
     "surgery.reconstruction", "surgery.trace", "surgery.rewrite", "surgery.samples", "surgery.verify", "surgery.masks",
     "surgery.cache",                                                                                      # a model
     "surgery.plan", "surgery.unfused", "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.swap",

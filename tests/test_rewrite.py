@@ -86,7 +86,7 @@ def test_the_head_map_is_baked_in_where_heads_are_grouped(case: str) -> None:
     attention = case_attention(case)
     _, arguments, graph = trace(attention, True)
     groups = attention.core_groups
-    repeats = re.findall(r"repeat_interleave\(\w+, (\d+), 1\)", graph.code)
+    repeats = re.findall(r"repeat_heads\(\w+, (\d+)\)", graph.code)
     assert repeats == ([str(groups)] * 2 if groups > 1 else [])
     assert "expand(" not in graph.code.split("'scores'")[0], "the family's own repetition of kv heads is gone"
     seen: dict[str, Tensor] = {}
