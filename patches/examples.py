@@ -102,7 +102,9 @@ class _Shared(dict[str, Any]):
         return self.states.new_ones(self.shape), self.states.new_ones(self.shape)
 
 
-@register_example(*_models("gemma3n.Gemma3nTextAttention", "gemma4.Gemma4TextAttention"))
+@register_example(
+    *_models("gemma3n.Gemma3nTextAttention", "gemma4.Gemma4TextAttention", "gemma4_unified.Gemma4UnifiedTextAttention")
+)
 def keys_and_values_of_another_layer(module: Any, states: Tensor) -> dict[str, Any]:
     return {"shared_kv_states": _Shared(module, states)}
 
@@ -111,6 +113,27 @@ def keys_and_values_of_another_layer(module: Any, states: Tensor) -> dict[str, A
 def relative_keys(module: Any, states: Tensor) -> dict[str, Any]:
     length = states.shape[1]
     return {} if module.is_decoder else {"position_bias": states.new_ones(length, length, module.head_dim)}
+
+
+@register_example(*_models("granite_speech5.GraniteSpeech5EncoderAttention"))
+def distances_in_a_block(module: Any, states: Tensor) -> dict[str, Any]:
+    size = module.context_size
+    return {"position_embeddings": torch.zeros(size, size, dtype=torch.long, device=states.device)}
+
+
+@register_example(*_models("inkling2.Inkling2FullAttention"))
+def positions(module: Any, states: Tensor) -> dict[str, Any]:
+    return {"position_ids": torch.arange(states.shape[1], device=states.device)[None]}
+
+
+@register_example(*_models("llama4.Llama4VisionAttention"))
+def complex_angles(module: Any, states: Tensor) -> dict[str, Any]:
+    return {"freqs_ci": torch.ones(states.shape[1], module.head_dim // 2, dtype=torch.complex64, device=states.device)}
+
+
+@register_example(*_models("mlcd.MLCDAttention"))
+def angles_without_a_batch(module: Any, states: Tensor) -> dict[str, Any]:
+    return {"position_embeddings": (states.new_ones(states.shape[1], 1),) * 2}
 
 
 @register_example(*_models("wav2vec2_conformer.Wav2Vec2ConformerSelfAttention"))
@@ -126,7 +149,7 @@ def bias_of_the_first_layer(module: Any, states: Tensor) -> dict[str, Any]:
     return {"position_bias": _pairs(states, len(states) * module.num_heads)}
 
 
-@register_example(*_models("xcodec2.Xcodec2Attention"))
+@register_example(*_models("xcodec2.Xcodec2Attention", "neucodec.NeuCodecAttention"))
 def angles_by_head(module: Any, states: Tensor) -> dict[str, Any]:
     return {"position_embeddings": (states.new_ones(1, module.config.num_attention_heads, 1),) * 2}
 

@@ -30,8 +30,8 @@ def type_of(module: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 _NONE = ("attention_mask", "mask", "past_key_values", "past_key_value", "layer_past", "cache", "head_mask", "position_bias")
 _SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
-_LONGEST, _MOST = 600, 16
-"""The longest sequence that is tried, whose attention matrix is still small, and how many lengths are."""
+_LONGEST, _MOST, _FEW = 600, 32, 4
+"""The longest sequence that is tried, whose attention matrix is still small; how many lengths are, and with all arguments."""
 
 
 class Angles(tuple[Any, ...]):
@@ -100,34 +100,52 @@ def plain_forms(module: nn.Module) -> Iterator[Form]:
     yield Form(queries=64, side=8)
 
 
+_GOOD: dict[type, Form] = {}
+"""The form that a class's forward took last: the next layer takes it, too."""
+
+
 def inline_forms(module: nn.Module) -> Iterator[Form]:
-    """Two sequences, then other arguments, then the lengths, grids and windows that the module's sizes suggest."""
-    sizes = list(dict.fromkeys((QUERIES, *_lengths(module), 64)))
-    for queries in sizes:
-        side = math.isqrt(queries) if math.isqrt(queries) ** 2 == queries else 1
-        for axes in ("bcn", "bchw") if any(map(is_pointwise, module.children())) else ("bnc", "bhwc", "bchw"):
-            if axes in ("bhwc", "bchw") and side == 1:
+    """Two sequences: of the lengths, grids and windows that the module's sizes suggest, then with other arguments."""
+    if type(module) in _GOOD:
+        yield _GOOD[type(module)]
+    sizes = list(dict.fromkeys((QUERIES, 64, *_lengths(module))))
+    shapes = [(queries, math.isqrt(queries)) for queries in sizes]
+    shapes = [(queries, side if side * side == queries else 1) for queries, side in shapes]
+    every = ("bcn", "bchw") if any(map(is_pointwise, module.children())) else ("bnc", "bhwc", "bchw")
+    for axes in every:
+        for queries, side in shapes:
+            if side > 1 or axes in ("bnc", "bcn"):
+                yield Form(2, queries, side, axes)
+    for queries, side in shapes:
+        if side > 1:
+            yield Form(2, queries + 1, side, extra=1)
+    for queries, side in shapes[:_FEW]:
+        for axes in every:
+            if side == 1 and axes in ("bhwc", "bchw"):
                 continue
-            for angles in (None, "states", *_angles(module, queries)):
+            for angles in ("states", *_angles(module, queries)):
                 yield Form(2, queries, side, axes, angles)
             for others in ("states", "numbers"):
                 yield Form(2, queries, side, axes, None, others)
-            if axes == "bnc" and side > 1:
-                yield Form(2, queries + 1, side, extra=1)
             for others in ("nothing", "states"):
                 for mask in ("pairs", "positions"):
                     yield Form(2, queries, side, axes, "states", others, mask)
 
 
+def remember(module: nn.Module, form: Form) -> None:
+    """Notes that a form was taken."""
+    _GOOD[type(module)] = form
+
+
 def _lengths(module: nn.Module) -> list[int]:
-    """Numbers of positions that tables of the module are made for: windows, and grids by their sides; the likely ones first."""
+    """Numbers of positions that tables of the module are made for: windows, and grids by their sides."""
     tables = [*module.named_buffers(), *module.named_parameters()]
     sizes = [size for name, t in tables if "relative" in name or "bias" in name or "rel_" in name for size in t.shape[:2]]
     numbers = [v for v in vars(module).values() if isinstance(v, int | tuple | list) and not isinstance(v, bool)]
     parts = [[p for p in (n if isinstance(n, tuple | list) else (n,)) if type(p) is int] for n in numbers]
     sides = [(size + 1) // 2 for size in sizes] + [part for several in parts for part in several]
     found = sizes + [math.prod(several) for several in parts if len(several) == 2] + sides + [side * side for side in sides]
-    return [size for size in dict.fromkeys(found) if 3 < size <= _LONGEST][:_MOST]
+    return sorted(size for size in set(found) if 3 < size <= _LONGEST)[:_MOST]
 
 
 def _angles(module: nn.Module, queries: int) -> Iterator[Any]:
@@ -160,6 +178,7 @@ def arguments_for(module: nn.Module, family: Family | None, is_cross: bool, form
     states = form.tensor(width, dtype, device)
     source = states if form.others == "states" else form.tensor(width, dtype, device, SOURCE)
     queries = form.queries
+    example = example_of(module, states)
     known: dict[str, Any] = {
         "position_embeddings": states if form.angles == "states" else form.angles,
         "position_ids": torch.arange(queries, device=device)[None],
@@ -175,7 +194,7 @@ def arguments_for(module: nn.Module, family: Family | None, is_cross: bool, form
         **dict.fromkeys(("key", "value", "keys", "values"), source if is_cross else states),
         **dict.fromkeys(("object_queries", "query_position_embeddings"), states if form.angles == "states" else None),
         "spatial_position_embeddings": source if is_cross and form.angles == "states" else None,
-        **example_of(module, states),
+        **example,
         **(family.example(module) if family and family.example else {}),
     }
     if form.mask == "none":
@@ -198,4 +217,6 @@ def arguments_for(module: nn.Module, family: Family | None, is_cross: bool, form
             arguments[name] = known[name]
         elif parameter.default is parameter.empty:
             arguments[name] = others
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(forward).parameters.values()):
+        arguments |= {name: value for name, value in example.items() if name not in arguments}
     return arguments

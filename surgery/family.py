@@ -230,8 +230,8 @@ def _uses(cls: Any) -> tuple[bool, bool]:
 
 
 def _is_softmax(name: str) -> bool:
-    """Under whatever name; a loss takes its logarithm."""
-    return name.lower().endswith("softmax") and not name.lower().startswith(("log", "gumbel"))
+    """A function, or a module of whatever name; a loss takes its logarithm."""
+    return name in ("softmax", "_softmax") or (name.endswith("Softmax") and not name.endswith("LogSoftmax"))
 
 
 def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, type_of
+from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, remember, type_of
 from surgery.configs import config_view
 from surgery.family import Family, is_pointwise, is_projection, projection_width
 from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
@@ -30,6 +30,7 @@ class Recording:
     """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
 
     projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
+    changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned).
     leads: the axes before the channels, by projection.
     output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     """
@@ -42,11 +43,18 @@ class Recording:
     output: tuple[str, Tensor] | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
     calls: int = 0
     witness: Any = None
 
     def owner(self, label: int) -> str:
         return self.projections[label // BASE]
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        """Looks whether a tensor still holds the ones that stubs give."""
+        plain = tensor.as_subclass(Tensor)
+        if not plain.is_meta and not bool((plain == 1).all()):
+            self.changed.add(name)
 
     def batch_axes(self, projection: str, site: str) -> int:
         """How many axes of a projection's input are the core's batch; 0 if positions come first, and the batch after them."""
@@ -84,6 +92,7 @@ class _State:
         record.core = {"mask": attention_mask, "kwargs": kwargs}
         for name, tensor in (("q", query), ("k", key), ("v", value)):
             record.shapes[name] = tuple(tensor.shape)
+            record.note(name, tensor)
             if isinstance(tensor, Labelled):
                 record.labels[name] = tensor.labels[0, :, -1].clone()
         batch, heads, queries, _ = query.shape
@@ -166,6 +175,7 @@ def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
         recording = Recording(None)  # type: ignore[arg-type]
         try:
             output = _watched(module, is_cross, form, recording)
+            remember(module, form)
             break
         except Exception as error:  # of whatever kind a foreign forward raises for arguments that it does not take
             failures.append((len(recording.leads), error.with_traceback(None)))  # whose frames would keep every tensor
@@ -188,6 +198,7 @@ def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
         standard = witness.layouts[tensor].to_standard(found.as_subclass(Tensor))
         heads = standard.shape[1]
         recording.shapes[site] = tuple(standard.shape)
+        recording.note(site, found)
         if isinstance(found, Labelled):
             labels = witness.layouts[tensor].to_standard(found.labels)[0, :heads]
             # Padding, and rows taken from elsewhere, bear no labels.
@@ -204,6 +215,8 @@ def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording
     arguments = recording.core["arguments"] = arguments_for(module, None, is_cross, form)
     recording.core["given"] = {name: getattr(value, "shape", value is None) for name, value in arguments.items()}
     output = _run(module, "", recording, None, arguments)
+    if not recording.witness.has_core and not _first(output).is_floating_point():
+        raise Defeat("a forward that gives indices, not values", is_other=True)
     recording.witness.check()
     return output
 

@@ -40,6 +40,7 @@ class Witness:
         self.fused: Step | None = None
         self.lost: Step | None = None
         self.normed: Step | None = None
+        self.normed_first = True
         self.drops: list[Labelled] = []
         self.layouts: dict[str, Layout] = {}
         self.heads = 0
@@ -67,6 +68,7 @@ class Witness:
             if owner_of(given[0].labels) < 0 and self.products:
                 self.lost = step
             elif owner_of(given[0].labels) < SCORES:
+                self.normed_first = self.normed_first and not self.products
                 self.normed = step
             elif SCORES <= owner_of(given[0].labels) < PATTERN:
                 self._normed(step, given[0], out, args, kwargs)
@@ -158,6 +160,8 @@ class Witness:
         elif over == [keys]:
             self.order = (0, 1)
         else:
+            if not over:
+                raise ValueError("a single key, whose axis does not show")
             raise Defeat(f"a softmax over the axes {over} of the product", self.softmax.place)
         self.rows, self.keys = rows, keys
         (a, b, _), d = main.axes, main.contracted
@@ -256,7 +260,7 @@ class Witness:
             if self.lost is not None:
                 raise Defeat("a softmax over what cannot be followed back to a product of q and k", self.lost.place)
             if self.normed is not None:
-                raise Defeat("a softmax over no product of projections", self.normed.place, is_other=not self.products)
+                raise Defeat("a softmax over no product of projections", self.normed.place, is_other=self.normed_first)
             if self.products:
                 raise Defeat("products of projections without a softmax over them that could be seen", self.products[0].place)
             raise Defeat("no softmax and no product of projections in its recorded run")
