@@ -1,5 +1,21 @@
 """One thread for each test process: the models are tiny, and several processes share the cores."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--zoo",
+        default="quick",
+        help='model types of tests/test_zoo.py: "quick" (some of each mechanism), "all", a shard "2/8", or names with commas',
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # By default a file's tests stay in one process; hundreds of types in one file need all of them.
+    if config.getoption("--zoo") != "quick" and getattr(config.option, "dist", "no") == "loadfile":
+        config.option.dist = "worksteal"

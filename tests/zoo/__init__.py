@@ -1,0 +1,1 @@
+"""A tiny random model of every model type of the installed transformers, built offline."""
