@@ -43,12 +43,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "prophetnet": {
         "ProphetNetNgramSelfAttention": "a forward that cannot be recorded (ValueError: `position_ids` are inco",
     },
-    "pvt": {
-        "PvtEfficientSelfAttention": "a softmax over the axes [] of the product, at transformers.models.pvt.",
-    },
-    "pvt_v2": {
-        "PvtV2SelfAttention": "a softmax over the axes [] of the product, at transformers.models.pvt_",
-    },
     "sew-d": {
         "DisentangledSelfAttention": "a forward that cannot be recorded (TypeError: 'NoneType' object is not",
     },
