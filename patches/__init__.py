@@ -1,7 +1,8 @@
 """Attention that cannot be derived from transformers' interface: one short file for each distinct computation.
 
-To add a family: copy the shortest file (gptj.py), name its class in `@register_patch`, import the file here, and add a row
-to tests/families.py. The README beside this file says what goes into it.
+To add a family: see first whether its forward lacks only an argument (examples.py); else copy the shortest file (gptj.py),
+name its class in `@register_patch`, import the file here, and add a row to tests/families.py. The README beside this file
+says what goes into it.
 """
 
 from patches import bloom as bloom

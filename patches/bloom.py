@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.family import Family, register_patch
+from surgery.family import Family, register_example, register_patch
 from surgery.interface import attend
 
 
@@ -53,13 +53,15 @@ def forward(
     return residual + F.dropout(output, p=self.hidden_dropout, training=self.training), weights
 
 
-def example(module: Any) -> dict[str, Any]:
-    return {"alibi": torch.zeros(module.num_heads, 1, 1)}
+BLOOM = Family(eager, members={"forward": forward}, kernels={})
+NAME = "transformers.models.bloom.modeling_bloom.BloomAttention"
 
 
-BLOOM = Family(eager, members={"forward": forward}, kernels={}, example=example)
+@register_example(NAME)
+def example(module: Any, states: Tensor) -> dict[str, Any]:
+    return {"alibi": states.new_zeros(module.num_heads, 1, 1)}
 
 
-@register_patch("transformers.models.bloom.modeling_bloom.BloomAttention")
+@register_patch(NAME)
 def describe(module: nn.Module, family: Family | None) -> Family:
     return BLOOM

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from surgery.family import Family, register_patch
+from surgery.family import Family, register_example, register_patch
 from surgery.interface import attend, implementation_of
 
 
@@ -91,13 +91,15 @@ def forward(
     return self.dense(output.flatten(2)), weights
 
 
-def example(module: Any) -> dict[str, Any]:
-    return {"alibi": torch.zeros(module.num_heads, 1, 1)} if module.config.alibi else {}
+FALCON = Family(eager, members={"forward": forward}, kernels={"sdpa": sdpa})
+NAME = "transformers.models.falcon.modeling_falcon.FalconAttention"
 
 
-FALCON = Family(eager, members={"forward": forward}, kernels={"sdpa": sdpa}, example=example)
+@register_example(NAME)
+def example(module: Any, states: Tensor) -> dict[str, Any]:
+    return {"alibi": states.new_zeros(module.num_heads, 1, 1)} if module.config.alibi else {}
 
 
-@register_patch("transformers.models.falcon.modeling_falcon.FalconAttention")
+@register_patch(NAME)
 def describe(module: nn.Module, family: Family | None) -> Family | None:
     return None if hasattr(module, "_flash_attn_uses_top_left_mask") else FALCON  # not of the class that runs flash attention

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.family import Family, register_patch
+from surgery.family import Family, register_example, register_patch
 from surgery.interface import attend
 
 
@@ -57,13 +57,15 @@ def forward(
     return self.out_proj(output.flatten(2)), weights
 
 
-def example(module: Any) -> dict[str, Any]:
-    return {"position_bias": torch.zeros(module.n_heads, 1, module.max_seq_length)}
+MPT = Family(eager, members={"forward": forward}, kernels={}, allowed=allowed)
+NAME = "transformers.models.mpt.modeling_mpt.MptAttention"
 
 
-MPT = Family(eager, members={"forward": forward}, kernels={}, allowed=allowed, example=example)
+@register_example(NAME)
+def example(module: Any, states: Tensor) -> dict[str, Any]:
+    return {"position_bias": states.new_zeros(module.n_heads, 1, module.max_seq_length)}
 
 
-@register_patch("transformers.models.mpt.modeling_mpt.MptAttention")
+@register_patch(NAME)
 def describe(module: nn.Module, family: Family | None) -> Family:
     return MPT

@@ -195,7 +195,6 @@ def arguments_for(module: nn.Module, family: Family | None, is_cross: bool, form
         **dict.fromkeys(("object_queries", "query_position_embeddings"), states if form.angles == "states" else None),
         "spatial_position_embeddings": source if is_cross and form.angles == "states" else None,
         **example,
-        **(family.example(module) if family and family.example else {}),
     }
     if form.mask == "none":
         known |= dict.fromkeys(("attention_mask", "mask"))
@@ -208,7 +207,8 @@ def arguments_for(module: nn.Module, family: Family | None, is_cross: bool, form
     base = getattr(type(module), "_surgery_base", type(module))
     forward = (family.members.get("forward") if family else None) or base.forward
     arguments: dict[str, Any] = {}
-    for number, (name, parameter) in enumerate(list(inspect.signature(forward).parameters.items())[1:]):
+    parameters = list(inspect.signature(forward).parameters.items())[1:]
+    for number, (name, parameter) in enumerate(parameters):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if number == 0:
@@ -217,6 +217,6 @@ def arguments_for(module: nn.Module, family: Family | None, is_cross: bool, form
             arguments[name] = known[name]
         elif parameter.default is parameter.empty:
             arguments[name] = others
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(forward).parameters.values()):
+    if any(parameter.kind is parameter.VAR_KEYWORD for _, parameter in parameters):
         arguments |= {name: value for name, value in example.items() if name not in arguments}
     return arguments

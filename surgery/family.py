@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -34,7 +34,6 @@ class Family:
     kernels: implementations of an inline class by name, called like `eager`; None: those of transformers' interface.
     allowed(module, query, key, attention_mask, kwargs): which keys a query may attend to, boolean (batch | 1, head | 1,
       query, key) or None for all; only where the mask argument alone does not say it.
-    example(module): extra arguments of the class's forward for recording it, by name.
     shows_name: the forward reads the implementation's name itself, and is shown the unpatched module's.
     inline: the class's own code with points in it (`surgery.inline.Inline`), where that is the reconstruction.
     """
@@ -44,7 +43,6 @@ class Family:
     kernels: Mapping[str, Callable[..., Any]] | None = None
     interface: Any = None
     allowed: Callable[..., Tensor | None] | None = None
-    example: Callable[[nn.Module], dict[str, Any]] | None = None
     inline: Any = None
     shows_name: bool = False
 
@@ -61,54 +59,54 @@ class Family:
         return self.kernel(implementation) is self.eager
 
 
-_PATCHES: dict[str, Callable[[nn.Module, Family | None], Family | None]] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+Describe = Callable[..., Family | None]
+Example = Callable[[Any, Tensor], dict[str, Any]]
+
+_PATCHES: dict[str, Describe] = {}
+_EXAMPLES: dict[str, Example] = {}
 
 
-def register_patch(*classes: str) -> Callable[[Callable[..., Family | None]], Callable[..., Family | None]]:
+def register_patch(*classes: str) -> Callable[[Describe], Describe]:
     """Registers `describe(module, family) -> Family` for classes given as "package.module.Class".
 
     `family` is what the engine found by itself, or None. Third parties register through the entry point group
     "surgery.patches". Raises ValueError if a class is registered twice.
     """
-
-    def decorate(describe: Callable[..., Family | None]) -> Callable[..., Family | None]:
-        for name in classes:
-            if name in _PATCHES and _PATCHES[name] is not describe:
-                raise ValueError(f"register_patch: {name} is already described by {_PATCHES[name].__module__}")
-            _PATCHES[name] = describe
-        return describe
-
-    return decorate
-
-
-Example = Callable[[Any, Tensor], dict[str, Any]]
-
-_EXAMPLES: dict[str, Example] = {}
+    return _registration(_PATCHES, "register_patch", classes)
 
 
 def register_example(*classes: str) -> Callable[[Example], Example]:
-    """Registers `example(module, states) -> dict`: arguments, by name, that the forward of an inline class cannot do without.
+    """Registers `example(module, states) -> dict`: arguments, by name, that a class's forward cannot do without when recorded.
 
     states: hidden states, (batch, position, d_model), as the forward is given them in its recorded run. Classes and errors
     as in `register_patch`.
     """
+    return _registration(_EXAMPLES, "register_example", classes)
 
-    def decorate(example: Example) -> Example:
+
+def _registration(table: dict[str, F], what: str, classes: tuple[str, ...]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
         for name in classes:
-            if name in _EXAMPLES and _EXAMPLES[name] is not example:
-                raise ValueError(f"register_example: {name} has an example already")
-            _EXAMPLES[name] = example
-        return example
+            if table.get(name, function) is not function:
+                raise ValueError(f"{what}: {name} is already described by {table[name].__module__}.{table[name].__name__}")
+            table[name] = function
+        return function
 
     return decorate
 
 
+def _registered(table: Mapping[str, F], module: nn.Module) -> F | None:
+    """What is registered for a module's class, or else for the nearest of its bases."""
+    load_patches()
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return next((table[name] for name in names if name in table), None)
+
+
 def example_of(module: nn.Module, states: Tensor) -> dict[str, Any]:
     """The arguments that are registered for a module's class."""
-    load_patches()
-    own: Any = type(module)
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in own.__mro__)
-    return next((_EXAMPLES[name](module, states) for name in names if name in _EXAMPLES), {})
+    example = _registered(_EXAMPLES, module)
+    return {} if example is None else example(module, states)
 
 
 @functools.cache
@@ -123,14 +121,10 @@ def load_patches() -> tuple[str, ...]:
 
 def find_family(module: nn.Module) -> Family | None:
     """The family of a module, or None if it is not an attention that we can reconstruct."""
-    load_patches()
     own: Any = type(module)
     found = _interface_family(own)
-    for cls in own.__mro__:
-        describe = _PATCHES.get(f"{cls.__module__}.{cls.__qualname__}")
-        if describe is not None:
-            return describe(module, found)
-    return found
+    describe = _registered(_PATCHES, module)
+    return found if describe is None else describe(module, found)
 
 
 @functools.cache
@@ -191,12 +185,8 @@ def computes_attention(module: nn.Module) -> bool:
     softmax, product = _uses(own)
     plain = [child for child in module.children() if next(child.parameters(), None) is None]
     softmax = softmax or any(isinstance(child, nn.Softmax) for child in plain)
-    product = product or any(_uses(cls)[1] for child in plain if not (cls := _class(child)).__module__.startswith("torch."))
+    product = product or any(_uses(cls)[1] for cls in map(type, plain) if not cls.__module__.startswith("torch."))
     return softmax and product and _n_projections(module) >= 2
-
-
-def _class(module: nn.Module) -> Any:
-    return type(module)
 
 
 def _n_projections(module: nn.Module) -> int:

@@ -213,9 +213,9 @@ def _terms(witness: Witness) -> list[Product]:
     assert core is not None
     found: list[Product] = []
     seen: set[int] = set()
-    left: list[Tensor] = [t for t in core.given if not any(t is factor for factor in witness.tensors.values())]
-    if witness.softmax is not None:
-        left = list(witness.softmax.given)
+    left: list[Tensor] = list(core.given)
+    if witness.fused is not None:
+        left = [t for t in left if not any(t is factor for factor in witness.tensors.values())]
     while left:
         tensor = left.pop()
         if id(tensor) in seen:

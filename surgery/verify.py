@@ -48,24 +48,9 @@ def verify(attention: Attention) -> None:
                 continue  # a function that is never called without a mask
             torch.manual_seed(0)
             found = graph(seen.setdefault, module, arguments)[0]
-        if not torch.equal(expected, found):
-            raise ParityError(
-                describe(
-                    f"the reconstruction of {attention.class_name} at {attention.path!r}",
-                    f"a difference of {(expected - found).abs().max():.3g} from its eager attention",
-                    "equality bit for bit",
-                    "Please report this class; describe it in patches/ meanwhile.",
-                )
-            )
-        if wrong := _misplaced({site: tuple(tensor.shape) for site, tensor in seen.items()}, shapes):
-            raise ParityError(
-                describe(
-                    f"the reconstruction of {attention.class_name} at {attention.path!r}",
-                    ", ".join(f"{site} of shape {found}" for site, (found, _) in wrong.items()),
-                    ", ".join(f"{expected}" for _, expected in wrong.values()),
-                    "Please report this class; describe it in patches/ meanwhile.",
-                )
-            )
+        what = f"the reconstruction of {attention.class_name} at {attention.path!r}"
+        _require_equal(what, found, expected, "its eager attention")
+        _require_places(what, _misplaced({site: tuple(tensor.shape) for site, tensor in seen.items()}, shapes))
         _VERIFIED.add(key)
 
 
@@ -108,19 +93,27 @@ def _verify_inline(attention: Attention) -> None:
             torch.manual_seed(0)
             outputs.append([t for t in tree_leaves(cls.forward(run, **arguments)) if isinstance(t, torch.Tensor)])
     what = f"the rewritten forward of {attention.class_name} at {attention.path!r}"
-    do = "Please report this class; describe it in patches/ meanwhile."
     for found, expected in zip(*outputs, strict=True):
-        if not torch.equal(found.nan_to_num(), expected.nan_to_num()):
-            gap = (found - expected).abs().max()
-            raise ParityError(describe(what, f"a difference of {gap:.3g} from its own", "equality bit for bit", do))
-    if inline.is_fused:
-        _VERIFIED.add(key)
-        return
-    missing = {site: ((), shape) for site, shape in _standard(recording.shapes).items() if site not in seer.seen}
-    if wrong := missing | _misplaced(seer.seen, recording.shapes, broadcast=True):
-        found = ", ".join(f"{site} of shape {found}" for site, (found, _) in wrong.items())
-        raise ParityError(describe(what, found, ", ".join(f"{expected}" for _, expected in wrong.values()), do))
+        _require_equal(what, found, expected, "its own")
+    if not inline.is_fused:
+        missing = {site: ((), shape) for site, shape in _standard(recording.shapes).items() if site not in seer.seen}
+        _require_places(what, missing | _misplaced(seer.seen, recording.shapes, broadcast=True))
     _VERIFIED.add(key)
+
+
+_DO = "Please report this class; describe it in patches/ meanwhile."
+
+
+def _require_equal(what: str, found: torch.Tensor, expected: torch.Tensor, other: str) -> None:
+    if not (torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(), expected.nan_to_num())):
+        gap = (found - expected).abs().max()
+        raise ParityError(describe(what, f"a difference of {gap:.3g} from {other}", "equality bit for bit", _DO))
+
+
+def _require_places(what: str, wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    if wrong:
+        found = ", ".join(f"{site} of shape {found}" for site, (found, _) in wrong.items())
+        raise ParityError(describe(what, found, ", ".join(f"{expected}" for _, expected in wrong.values()), _DO))
 
 
 def _random(value: Any, generator: torch.Generator) -> Any:

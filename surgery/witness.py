@@ -163,7 +163,6 @@ class Witness:
             if not over:
                 raise ValueError("a single key, whose axis does not show")
             raise Defeat(f"a softmax over the axes {over} of the product", self.softmax.place)
-        self.rows, self.keys = rows, keys
         (a, b, _), d = main.axes, main.contracted
         query, key = main.factors
         found = [_by_labels(axes, {row: ROW, d: COLUMN}, t) for axes, row, t in ((a, rows, query), (b, keys, key))]
