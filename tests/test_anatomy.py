@@ -30,8 +30,6 @@ from surgery import (
 )
 from surgery.family import computes_attention, is_projection
 
-torch.set_num_threads(1)
-
 
 @functools.cache
 def built(name: str) -> Any:

@@ -33,15 +33,6 @@ TOY = overhead.Settings(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the benchmarks have it; and threads that wait for one another are slow where tests share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def numbers(found: results.Row) -> tuple[float, float, float]:
     return found["value"], found["low"], found["high"]
 

@@ -29,8 +29,6 @@ from surgery import (
 )
 from surgery.sites import SITES
 
-torch.set_num_threads(1)
-
 ALL_SITES = list(SITES)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from families import FAMILIES, HEADS, LAYERS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -27,15 +26,6 @@ from surgery.plots import Named, heatmaps, save
 SEGMENT = 20
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "dog", "ran", "over", "hill"]
 WORDS += ["to", "find", "some", "more", "old", "red", "hats", "of", "$x_1$", "日本"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Tiny models on a machine that other tests share; the command line sets the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

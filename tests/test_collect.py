@@ -31,8 +31,6 @@ from surgery import (
 )
 from surgery.reference import Entry
 
-torch.set_num_threads(1)
-
 SITES = ["q", "k", "rot_q", "rot_k", "v", "z", "result"]
 
 

@@ -31,15 +31,6 @@ TRAINING = json.loads((PACKAGED / "training.json").read_text(encoding="utf-8"))
 SEGMENT = 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Tiny models on a machine that other tests share; the command line sets the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     return load()

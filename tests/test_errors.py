@@ -40,8 +40,6 @@ from surgery import (
 from surgery.errors import describe, listing
 from surgery.reference import Entry
 
-torch.set_num_threads(1)
-
 
 def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():

@@ -11,8 +11,6 @@ from torch import Tensor
 from surgery.errors import SpecError
 from surgery.factored import FactoredMatrix
 
-torch.set_num_threads(1)
-
 # Factors are float64. A singular value of a product is found to about 1e-15 of the largest one, and so is a norm by its Gram
 # matrices only to the square root of that, 3e-8 of the factors' norms, where the product vanishes.
 CLOSE = {"rtol": 1e-9, "atol": 1e-7}

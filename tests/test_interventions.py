@@ -19,8 +19,6 @@ from surgery.reference import Entry
 from surgery.sites import SITES
 from surgery.where import Heads, Where
 
-torch.set_num_threads(1)
-
 NEW = Where()
 
 

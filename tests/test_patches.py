@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,14 +45,6 @@ UNCHANGED = Edit("z", "scale", 1.0)
 by_name = pytest.mark.parametrize("name", NAMES)
 by_case = pytest.mark.parametrize(("name", "implementation"), CASES)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

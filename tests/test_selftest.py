@@ -32,8 +32,6 @@ from surgery.reconstruction import Reconstruction
 from surgery.selftest import dummy_inputs
 from surgery.verify import verify
 
-torch.set_num_threads(1)
-
 CUTS = [
     Freeze("qk", [0], [1]),
     Freeze("ov", to="noise", heads=[0]),

@@ -34,8 +34,6 @@ from surgery.weights import (
     qk_circuit,
 )
 
-torch.set_num_threads(1)
-
 # PEFT reads an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
