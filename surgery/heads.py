@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy, Attention, Projection
+from surgery.behind import scale_and_shift
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe
 from surgery.factored import FactoredMatrix
 from surgery.labels import BASE
@@ -21,8 +22,10 @@ STATES, SOURCE_STATES = "hidden states", "cross-attended states"
 class HeadWeights:
     """The weights of one attention. A weight whose channels do not come from one projection raises when it is read.
 
-    q is what the q projection gives: before norms, scaling and positions; k and v likewise. Channels of a head are in the
-    order in which the projection stores them, for W_Q and W_K as for the sites q and k.
+    As the sites: q is what the q projection gives, before norms, scaling and positions, k likewise, and v is what enters the
+    weighted sum. A scale and a shift of each channel of v behind its projection (a bias of its own, a batch norm in
+    evaluation mode) are in W_V and b_V; W_V of a v that is changed otherwise (normed, gated, rotated) does not exist.
+    Channels of a head are in the order in which the projection stores them, for W_Q and W_K as for the sites q and k.
     Each weight raises UnsupportedArchitectureError if it cannot be derived, and SurgeryError if it has no data (meta).
     """
 
@@ -141,7 +144,15 @@ class HeadWeights:
 
     def _input(self, site: str) -> LinearMap:
         projection = self._projection(site)
-        return self._rows(projection.path, projection.channels)
+        matrix, bias = self._rows(projection.path, projection.channels)
+        if site != "v" or "v" not in self.attention.recording.changed:
+            return matrix, bias
+        if (behind := scale_and_shift(self.attention)) is None:
+            raise self._nonlinear(projection)
+        scale, shift = (t if t is None else t.to(matrix) for t in behind)
+        if scale is not None:
+            matrix, bias = matrix * scale[:, None], None if bias is None else bias * scale
+        return matrix, bias if shift is None else shift if bias is None else bias + shift
 
     def _rows(self, path: str, channels: Tensor) -> LinearMap:
         """(head, d_in, d) and (head, d): the output channels (head, d) of a projection."""
@@ -170,6 +181,17 @@ class HeadWeights:
                 f"that {why}",
                 "one projection with channels of its own for every head",
                 f"Activations can be edited all the same (sites rot_q, rot_k, v, z).{do}",
+            )
+        )
+
+    def _nonlinear(self, projection: Projection) -> UnsupportedArchitectureError:
+        a = self.attention
+        return UnsupportedArchitectureError(
+            describe(
+                f"W_V of {self.address} ({a.class_name} at {a.path!r})",
+                f"that v is more than a scale and a shift of what {projection.name} gives (a norm, a gate, positions)",
+                "v = x @ W_V + b_V",
+                f'The matrix of {projection.name} itself: pieces(model, "{self.address}", "v").',
             )
         )
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from surgery.errors import SurgeryError, UnsupportedArchitectureError, describe
+from surgery.evaluation import evaluating
 from surgery.family import input_width
 from surgery.record import HOOKS
 from surgery.taps import at_hand, has_numbers, runs_on, runs_own_forward
@@ -105,7 +104,7 @@ def _asked(module: Any) -> LinearMap | None:
     if width is None:
         return None
     dtype, device = _numbers(module)
-    with _without_dropout(module):
+    with evaluating(module):
         bias = module.forward(torch.zeros(1, 1, width, dtype=dtype, device=device))[0, 0]
         matrix = module.forward(torch.eye(width, dtype=dtype, device=device)[None])[0] - bias
     return matrix, (bias if bool(bias.any()) else None)
@@ -160,7 +159,7 @@ def _agrees(module: Any, matrix: Tensor, bias: Tensor | None) -> bool:
     dtype, device = _numbers(module)
     rows = torch.randn(3, matrix.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = (rows * torch.tensor([[0.01], [1.0], [10.0]])).to(device, dtype)
-    with _without_dropout(module):
+    with evaluating(module):
         found = module.forward(rows[None])[0].double()
     expected = rows.double() @ matrix.double() + (0 if bias is None else bias.double())
     # Rounding of the result, and of its sum; tensor cores round factors to 10 bits if they may; int8 activations to 7.
@@ -168,19 +167,6 @@ def _agrees(module: Any, matrix: Tensor, bias: Tensor | None) -> bool:
     tolerance = 0.05 if _is_quantised(module) else 4 * torch.finfo(dtype).eps + (1e-5 if exact else 2e-3)
     scale = expected.abs().amax(dim=-1, keepdim=True)
     return bool(((found - expected).abs() <= tolerance * scale).all())
-
-
-@contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, put back afterwards: set by hand, for some classes merge weights when `eval()` is called."""
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _numbers(module: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -10,7 +10,7 @@ this works for quantised, adapted, offloaded and meta modules alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, remember, type_of
 from surgery.configs import config_view
+from surgery.evaluation import evaluating
 from surgery.family import Family, is_pointwise, is_projection, projection_width
 from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
 from surgery.steps import Defeat
 from surgery.witness import Witness
+
+Give = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""The output of a stub: of a projection's name, and of a shape, type and device."""
 
 
 @dataclass
@@ -30,8 +34,10 @@ class Recording:
     """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
 
     projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
-    changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned).
+    changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned),
+    or may have: on the meta device nothing is seen. form: of the arguments that the forward took.
     leads: the axes before the channels, by projection.
+    give: what stubs give in place of labelled ones; arrived: the core's v, kept in such a run.
     output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     """
 
@@ -46,6 +52,9 @@ class Recording:
     changed: set[str] = field(default_factory=set)
     calls: int = 0
     witness: Any = None
+    form: Form | None = None
+    give: Give | None = None
+    arrived: Tensor | None = None
 
     def owner(self, label: int) -> str:
         return self.projections[label // BASE]
@@ -53,7 +62,7 @@ class Recording:
     def note(self, name: str, tensor: Tensor) -> None:
         """Looks whether a tensor still holds the ones that stubs give."""
         plain = tensor.as_subclass(Tensor)
-        if not plain.is_meta and not bool((plain == 1).all()):
+        if plain.is_meta or not bool((plain == 1).all()):
             self.changed.add(name)
 
     def batch_axes(self, projection: str, site: str) -> int:
@@ -89,6 +98,7 @@ class _State:
     ) -> Any:
         record = self.recording
         record.calls += 1
+        record.arrived = None if record.give is None else value
         record.core = {"mask": attention_mask, "kwargs": kwargs}
         for name, tensor in (("q", query), ("k", key), ("v", value)):
             record.shapes[name] = tuple(tensor.shape)
@@ -100,6 +110,18 @@ class _State:
         labels = (torch.arange(heads * width).view(heads, width) + Z * BASE).expand(batch, queries, heads, width)
         plain = value.as_subclass(Tensor)
         return Labelled.make(plain.new_ones(batch, queries, heads, width), labels.contiguous()), None
+
+    def spot(self, site: str, tensor: Tensor) -> Tensor:
+        """A point in the code of an inline attention."""
+        if site == "v":
+            self.recording.arrived = self.recording.family.inline.layouts[site].to_standard(tensor)
+        return tensor
+
+    def fused(
+        self, kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
+    ) -> Tensor:
+        self.spot("v", value)
+        return kernel(query, key, value, *args, **more)
 
     def config(self, config: Any) -> Any:
         return config_view(config, self.recording.family.shows_name)
@@ -132,6 +154,8 @@ class _Stub:
         width: Any = self.module.out_channels if self.axis == 1 else projection_width(self.module)
         record.leads[self.name] = tuple(x.shape[:-1])
         shape = (*x.shape[:-1], width)
+        if record.give is not None:
+            return record.give(self.name, shape, self.dtype, self.device)
         value = torch.ones(shape, dtype=self.dtype, device=self.device)
         return Labelled.make(value, (torch.arange(width) + owner * BASE).expand(shape).contiguous(), record.witness)
 
@@ -149,9 +173,9 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
     """Runs a module's forward once on stubs. Whatever the forward raises comes through."""
     failures: list[tuple[int, Exception]] = []
     for form in plain_forms(module):
-        recording = Recording(family)
+        recording = Recording(family, form=form)
         try:
-            output = _run(module, "", recording, family, arguments_for(module, family, is_cross, form))
+            output = run_on_stubs(module, "", recording, family, arguments_for(module, family, is_cross, form))
             break
         except Exception as error:  # of whatever kind a foreign forward raises for angles that it does not take
             failures.append((len(recording.leads), error.with_traceback(None)))  # whose frames would keep every tensor
@@ -172,7 +196,7 @@ def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
     """
     failures: list[tuple[int, Exception]] = []
     for form in inline_forms(module):
-        recording = Recording(None)  # type: ignore[arg-type]
+        recording = Recording(None, form=form)  # type: ignore[arg-type]
         try:
             output = _watched(module, is_cross, form, recording)
             remember(module, form)
@@ -214,7 +238,7 @@ def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording
     recording.witness = Witness(getattr(type(module), "_surgery_base", type(module)), recording.projections)
     arguments = recording.core["arguments"] = arguments_for(module, None, is_cross, form)
     recording.core["given"] = {name: getattr(value, "shape", value is None) for name, value in arguments.items()}
-    output = _run(module, "", recording, None, arguments)
+    output = run_on_stubs(module, "", recording, None, arguments)
     if not recording.witness.has_core and not _first(output).is_floating_point():
         raise Defeat("a forward that gives indices, not values", is_other=True)
     recording.witness.check()
@@ -237,7 +261,7 @@ def record_parent(parent: nn.Module, child: str, recording: Recording) -> Record
         return Labelled.make(torch.ones(labels.shape, dtype=dtype, device=device), labels), None
 
     found.labels["output"] = _labels_of(
-        _run(parent, "", found, None, arguments_for(parent, None, False, next(plain_forms(parent))), {child: attention})
+        run_on_stubs(parent, "", found, None, arguments_for(parent, None, False, next(plain_forms(parent))), {child: attention})
     )
     return found
 
@@ -247,14 +271,15 @@ def _labels_of(output: Any) -> Tensor:
     return output.labels if isinstance(output, Labelled) else torch.empty(0)
 
 
-def _run(
+def run_on_stubs(
     module: nn.Module, prefix: str, recording: Recording, family: Family | None, arguments: Mapping[str, Any], given: Any = None
 ) -> Any:
-    view = _view(module, prefix, recording, family, given or {})
+    """The output of a module's forward whose projections, and those of its parts, are stubs. given: members to replace."""
     _, device = type_of(module)
     devices = [] if device.type in ("cpu", "meta") else [device]
-    # A module in training draws its dropout; the user's random numbers must not move on.
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    # In training a forward would count these numbers in its batch norms; what draws all the same must not move the user's on.
+    with evaluating(module), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        view = _view(module, prefix, recording, family, given or {})
         return type(view).forward(view, **arguments)
 
 
@@ -291,8 +316,8 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
     view: Any = object.__new__(type(base.__name__, (base,), members))
     attributes = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward", "_surgery")}
     attributes.update({hooks: {} for hooks in HOOKS})
-    # Some forwards move a buffer to the inputs' device and set it again: here that must not reach the module.
-    attributes["_buffers"] = dict(module._buffers)
+    # Some forwards set a buffer again, or keep a table in a dictionary: here that must not reach the module.
+    attributes.update({name: dict(value) for name, value in attributes.items() if type(value) is dict})
     view.__dict__.update(attributes, _surgery=_State(recording))
     return view
 

@@ -23,13 +23,14 @@ ORDER = [
     "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut
     "surgery.labels", "surgery.layout", "surgery.source", "surgery.steps", "surgery.witness", "surgery.arguments",
-    "surgery.record", "surgery.interface", "surgery.inline", "surgery.addresses", "surgery.anatomy", "surgery.derive",
+    "surgery.evaluation", "surgery.record", "surgery.interface", "surgery.inline", "surgery.addresses", "surgery.anatomy",
+    "surgery.derive",
     "surgery.reconstruction", "surgery.trace", "surgery.rewrite", "surgery.samples", "surgery.verify", "surgery.masks",
     "surgery.cache",                                                                                      # a model
     "surgery.plan", "surgery.unfused", "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.swap",
     "surgery.patch",                                                                                      # its surgery
     "surgery.captures", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
-    "surgery.factored", "surgery.linear", "surgery.heads", "surgery.weights",                             # its weights
+    "surgery.factored", "surgery.linear", "surgery.behind", "surgery.heads", "surgery.weights",           # its weights
     "surgery.public", "surgery",                                                                          # the names
     "patches",
     "surgery.plots", "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",

@@ -43,8 +43,6 @@ def _compare(weight: str, site: str, expected: Tensor, read: _Read, name: str, o
     size = _gap_of_rows(found, expected.detach())
     if size <= CLOSE:
         outcome.counts[f"{weight} equal"] += 1
-    elif site == "v" and read.changes_v():
-        outcome.note(f"{name}: v is changed between its projection and the sum")
     else:
         outcome.fail("weights", f"{weight} at {name}: x @ W + b and {site} differ by {size:.3g}")
 
@@ -84,11 +82,6 @@ class _Read:
             for handle in handles:
                 handle.remove()
         self.seen = seen[attention.address]
-
-    def changes_v(self) -> bool:
-        """Whether the module has something that acts on v alone: a norm."""
-        names = ("v_norm", "value_norm", "v_layernorm", "v_a_layernorm")
-        return any(hasattr(self.case.module(self.attention), name) for name in names)
 
 
 def _check_output(attention: Attention, weights: Any, read: _Read, name: str, outcome: Outcome) -> None:
