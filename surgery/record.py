@@ -170,22 +170,30 @@ class _Chain(list[Any]):
 
 
 def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
-    """Runs a module's forward once on stubs. Whatever the forward raises comes through."""
+    """Runs a module's forward on stubs. Whatever the forward raises comes through.
+
+    A forward that takes the positions that it is given for something else (one more axis of the batch) comes to its core
+    with one position: such a run counts only where no other form gives more.
+    """
     failures: list[tuple[int, Exception]] = []
+    found: Recording | None = None
     for form in plain_forms(module):
         recording = Recording(family, form=form)
         try:
             output = run_on_stubs(module, "", recording, family, arguments_for(module, family, is_cross, form))
-            break
         except Exception as error:  # of whatever kind a foreign forward raises for angles that it does not take
             failures.append((len(recording.leads), error.with_traceback(None)))  # whose frames would keep every tensor
-    else:
+            continue
+        if not recording.calls:
+            raise RuntimeError("the forward did not reach the core")
+        recording.shapes["output"] = tuple(_first(output).shape)
+        recording.labels["output"] = _labels_of(output)
+        if recording.shapes["q"][2] > 1:
+            return recording
+        found = found or recording
+    if found is None:
         raise _furthest(failures)
-    if not recording.calls:
-        raise RuntimeError("the forward did not reach the core")
-    recording.shapes["output"] = tuple(_first(output).shape)
-    recording.labels["output"] = _labels_of(output)
-    return recording
+    return found
 
 
 def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
