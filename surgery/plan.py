@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy
 from surgery.interventions import Operation
@@ -59,6 +60,7 @@ class Session:
 
     watch(operation, before, after): sees every operation act, for the self-test. forward: the addresses that the present
     forward of the model has run, and last of them; is_inside: it has not come to its end (or never will, if it raised).
+    call: that forward, as long as it may turn out to have left modules out.
     """
 
     spec: Spec = field(default_factory=Spec)
@@ -72,24 +74,32 @@ class Session:
     forward: set[str] = field(default_factory=set)
     last: str = ""
     is_inside: bool = False
+    call: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "anatomy": None}
+        return {**self.__dict__, "anatomy": None, "call": None}
 
     def enter(self, address: str) -> None:
         """Counts a run of a module. When one runs again after another, modules that never ran were left out by a forward.
 
-        Again at once says nothing: layers may share a module.
+        Again at once says nothing: layers may share a module; nor does again in the very same forward of the model, which
+        may go through some of its layers several times.
         """
         if self.is_inside:
             self.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
         self.runs[address] = self.runs.get(address, 0) + 1
-        if address in self.forward and address != self.last:
+        may_be_silent = self.report is not None and not self.planned <= self.runs.keys()
+        here = _outermost_call() if may_be_silent and (not self.forward or address in self.forward) else None
+        if address in self.forward and address != self.last and (here is None or here is not self.call):
             self.forward.clear()
             silent = sorted(self.planned - set(self.runs))
             report, self.report = self.report, None
             if silent and report is not None:
                 report(silent)
+        if not self.forward:
+            self.call = here
+        if not may_be_silent:
+            self.call = None
         self.forward.add(address)
         self.last = address
         self.is_inside = True
@@ -102,3 +112,14 @@ class Session:
     def never_ran(self) -> list[str]:
         """Addresses with cuts or captures that never ran although others did."""
         return sorted(self.planned - set(self.runs)) if self.forward and not self.is_inside else []
+
+
+def _outermost_call() -> Any:
+    """An object that only the present call of the outermost module has: its keyword arguments."""
+    found = None
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module.__call__.__code__:
+            found = frame
+        frame = frame.f_back
+    return None if found is None else found.f_locals["kwargs"]

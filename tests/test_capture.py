@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import D_MODEL, DECODERS, FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH
+from remote.styles import Operators
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel, StaticCache
 
@@ -653,6 +654,34 @@ def test_a_cut_that_never_ran_is_reported() -> None:
     with pytest.raises(KeyError), patched(model, Freeze("ov", "encoder.self.1")):
         logits(model, inputs)
         raise KeyError("an error is enough")
+
+
+class Cycles(nn.Module):
+    """Goes through its first layers several times before it comes to the last one, if it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Operators() for _ in range(3))
+
+    def forward(self, x: Tensor, is_whole: bool = True) -> Tensor:
+        for _ in range(3):
+            x = self.layers[1](self.layers[0](x))
+        return self.layers[2](x) if is_whole else x
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_that_run_several_times_in_a_forward_report_nothing_of_the_others() -> None:
+    model, x = patch_model(Cycles(), Freeze("ov")), torch.randn(1, 4, 12)
+    model(x)
+    model(x)
+    unpatch_model(model)
+
+
+def test_layers_that_run_several_times_report_what_the_forward_left_out() -> None:
+    model, x = patch_model(Cycles(), Freeze("ov")), torch.randn(1, 4, 12)
+    model(x, is_whole=False)
+    with pytest.warns(NotFiredWarning, match=r"never ran the attention at self\.2;"):
+        model(x, is_whole=False)
 
 
 @pytest.mark.parametrize("name", DECODERS)
