@@ -54,7 +54,10 @@ def _gap_of_rows(found: Tensor, expected: Tensor) -> float:
     if direct <= CLOSE or rows.shape[0] != others.shape[0] or rows.shape[2] != others.shape[2]:
         return direct
     if rows.shape[1] == others.shape[1]:
-        return min(direct, gap(*(t.gather(1, t[..., :1].argsort(dim=1).expand_as(t)) for t in (rows, others))))
+        # As they are: a grid of positions has the order of the sequence.
+        return min(
+            direct, gap(rows, others), gap(*(t.gather(1, t[..., :1].argsort(dim=1).expand_as(t)) for t in (rows, others)))
+        )
     # Padding of windows, prefixes and caches add rows: every row of the projection must be among those seen.
     nearest = torch.cdist(others.double(), rows.double()).amin(dim=-1)
     return min(direct, float(nearest.max() / others.abs().max().clamp_min(1e-12)))

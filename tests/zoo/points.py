@@ -148,11 +148,12 @@ def _is_even(case: Case, attention: Attention) -> bool:
 def _what_changes(case: Case, attention: Attention, site: str, near: Named) -> str:
     """What an edit changes."""
     where: dict[str, Any] = {"layers": list(attention.addresses)}
-    # A norm behind a projection takes a scaling out again.
-    for edit in (Edit(site, "scale", value=0.5, **where), Edit(site, tilt, **where)):
-        with case.patched(edit):
+    # A norm behind a projection takes a scaling out again. A softmax over scores that lie far apart, as in models without norms
+    # whose states grow, keeps to its largest one until their order is turned round.
+    for number, action in enumerate(({"value": 0.5}, {}, {"value": -1.0})):
+        with case.patched(Edit(site, "scale" if action else tilt, **action, **where)):
             if unequal(case.run(), case.before):
-                return "the model" if edit.action == "scale" else "the model, not by scaling"
+                return "the model" if number == 0 else "the model, not by scaling"
             if unequal(_near(case, attention), near):
                 return "the attention"
     return "an edit that changes nothing"
