@@ -58,7 +58,9 @@ def _check_heads(case: Case, attention: Attention, head: int, outcome: Outcome) 
         found = {h for h in range(attention.heads) if gap(pattern[:, h], before[:, h]) > 0}
         if not found <= expected:
             outcome.fail("reference", f"{site} of head {head} at {name}: the patterns of heads {sorted(found)} change")
-    if "o" in attention.projections:
+    if reference.norm_of_z(case.module(attention)) is not None:
+        outcome.note(f"{attention.class_name}: a norm of z over all heads: without a head's z the others' results change, too")
+    elif "o" in attention.projections:
         outputs = []
         for cut in (Freeze("ov", **where), Edit("result", "zero", **where)):
             with case.patched(cut):

@@ -40,6 +40,8 @@ _OUT = (
 _OUT_BESIDE = ("output.dense", "output.out_proj", "output.proj", "out_proj", "o_proj", "proj", "dense", "output")
 _NORMS = ("q_norm", "query_norm", "q_layernorm", "q_layer_norm", "qk_norm", "norm_q", "q_ln", "layer_norm_q", "query_layernorm")
 
+_Z_NORMS = ("attn_sub_norm", "inner_attn_ln")
+
 # A fused projection holds all of q first unless its class is here: q, k and v of one head after another.
 _BY_HEAD = {
     "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "BloomAttention", "PersimmonAttention", "FuyuAttention",
@@ -96,7 +98,7 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_z(model: nn.Module, path: str, head: int) -> Slice:
-    """A head's z: its columns of the output projection, in the module or beside it."""
+    """A head's z: its columns of the output projection, in the module or beside it, or of the norm before that."""
     module = model.get_submodule(path)
     _refuse(module)
     found = _child(module, _OUT) or _child(model.get_submodule(path.rpartition(".")[0]), _OUT_BESIDE)
@@ -106,7 +108,12 @@ def find_z(model: nn.Module, path: str, head: int) -> Slice:
     if width % heads:
         raise NoReference("an output projection that does not read the heads one after another")
     d = width // heads
-    return Slice(found, slice(head * d, head * d + d))
+    return Slice(norm_of_z(module) or found, slice(head * d, head * d + d))
+
+
+def norm_of_z(module: nn.Module) -> nn.Module | None:
+    """A norm over all heads between z and the output projection."""
+    return next((norm for name in _Z_NORMS if isinstance(norm := getattr(module, name, None), nn.Module)), None)
 
 
 def find_q(model: nn.Module, path: str, head: int) -> Slice:
@@ -158,7 +165,7 @@ def _refuse_norms(module: nn.Module, d: int) -> None:
 
 @contextmanager
 def without_z(found: Slice, put: Callable[[Tensor], Any] | None = None) -> Iterator[list[Tensor]]:
-    """In the unpatched model, what the output projection reads of a head is zero, or what `put` makes of it.
+    """In the unpatched model, what the output projection (or the norm before it) reads of a head is zero, or what `put` makes of it.
 
     Yields what it read in each call.
     """
