@@ -156,9 +156,35 @@ def angles_by_head(module: Any, states: Tensor) -> dict[str, Any]:
 
 @register_example(*_models("perceiver.PerceiverSelfAttention"))
 def inputs_of_their_own_width(module: Any, states: Tensor) -> dict[str, Any]:
-    width = module.key.in_features
-    is_cross = width != module.query.in_features or not isinstance(module.layernorm2, torch.nn.Identity)
-    return {"inputs": states.new_ones(len(states), 5, width)} if is_cross else {}
+    if isinstance(module.layernorm2, torch.nn.Identity):
+        return {}
+    return {
+        "hidden_states": states.new_ones(*states.shape[:-1], module.query.in_features),
+        "inputs": states.new_ones(len(states), 5, module.key.in_features),
+    }
+
+
+@register_example(*_models("t5gemma2.T5Gemma2MergedAttention"))
+def states_of_the_encoder(module: Any, states: Tensor) -> dict[str, Any]:
+    return {"encoder_hidden_states": states.new_ones(len(states), 5, states.shape[-1])}
+
+
+@register_example(*_models("muse_glimmer_assistant.MuseGlimmerAssistantAttention"))
+def context_before_the_states(module: Any, states: Tensor) -> dict[str, Any]:
+    context = states.new_ones(len(states), 5, states.shape[-1])
+    angles = states.new_ones(1, 5 + states.shape[1], module.head_dim)
+    return {"context_hidden_states": context, "position_embeddings": (angles, angles)}
+
+
+@register_example(*_models("evolla.EvollaSequenceAlignerCrossAttention"))
+def modalities(module: Any, states: Tensor) -> dict[str, Any]:
+    """Three positions of each modality that the class has keys for."""
+    found: dict[str, Any] = {"query_attn_mask": states.new_ones(states.shape[:2])}
+    for name in ("protein", "structure", "msa"):
+        key = getattr(module, f"key_{name}")
+        found[f"{name}_kv_states"] = key and states.new_ones(len(states), 3, key.in_features)
+        found[f"{name}_kv_attn_mask"] = key and states.new_ones(len(states), 3)
+    return found
 
 
 @register_example(*_models("xlnet.XLNetRelativeAttention"))

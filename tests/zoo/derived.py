@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy, Attention
 from surgery.errors import UnsupportedArchitectureError

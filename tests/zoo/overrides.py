@@ -35,7 +35,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0]},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
-    "levit": {"patch_size": 16},
+    "levit": {"patch_size": 16, "image_size": 64},
     "lw_detr": {"projector_scale_factors": [1.0], "num_feature_levels": 1},
     "mobilevitv2": {"image_size": 64},
     "sam2_hiera_det_model": {
@@ -258,7 +258,7 @@ ARCHITECTURES: dict[str, str] = {
 
 # A factor for the weights where attention patterns would otherwise be too even or too sharp.
 WEIGHT_SCALE: dict[str, float] = {
-    **dict.fromkeys(("gemma4_unified_assistant", "mobilebert", "t5gemma", "videoprism_vision_model"), 0.6),
+    **dict.fromkeys(("gemma4_unified_assistant", "levit", "mobilebert", "t5gemma", "videoprism_vision_model"), 0.6),
     **dict.fromkeys(("axk2", "hy_v4", "inkling_text", "inkling_mm_model", "glm5_next_text", "mistral_large4"), 2.0),
     **dict.fromkeys(("funnel", "perceiver", "speecht5", "swin2sr"), 2.0),
     **dict.fromkeys(("mistral_large4_text", "swinv2", "granite_docling", "granite_docling_text"), 3.0),

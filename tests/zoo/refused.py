@@ -1,9 +1,6 @@
 """The attention classes that are left as they are, by model type, with a part of the reason that must be given."""
 
 REFUSED: dict[str, dict[str, str]] = {
-    "evolla": {
-        "EvollaSequenceAlignerCrossAttention": "no softmax and no product of projections in its recorded run",
-    },
     "gemma3n_audio": {
         "Gemma3nAudioAttention": "a matmul that runs more than once in a forward, at transformers.models",
     },
@@ -19,9 +16,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "led": {
         "LEDEncoderSelfAttention": "a softmax over more than one product's entries, at transformers.models",
     },
-    "levit": {
-        "LevitAttentionSubsample": "a forward that cannot be recorded (RuntimeError: shape '[2, 1, 1, 32]'",
-    },
     "lilt": {
         "LiltSelfAttention": "a second softmax over scores, at transformers.models.lilt.modeling_lil",
     },
@@ -31,14 +25,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "mm-grounding-dino": {
         "MMGroundingDinoBiMultiHeadAttention": "a second softmax over scores, at transformers.models.mm_grounding_dino",
     },
-    "muse_glimmer_assistant": {
-        "MuseGlimmerAssistantAttention": "a forward that cannot be recorded (ValueError: not enough values to un",
-    },
     "pegasus_x": {
         "PegasusXGlobalLocalAttention": "a second softmax over scores, at transformers.models.pegasus_x.modelin",
-    },
-    "perceiver": {
-        "PerceiverSelfAttention": "a forward that cannot be recorded (RuntimeError: Given normalized_shap",
     },
     "prophetnet": {
         "ProphetNetNgramSelfAttention": "a forward that cannot be recorded (ValueError: `position_ids` are inco",
@@ -54,8 +42,5 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "swiftformer": {
         "SwiftFormerEfficientAdditiveAttention": "a product over the axes ayz, zx -> ayx, at transformers.models.swiftfo",
-    },
-    "t5gemma2": {
-        "T5Gemma2MergedAttention": "a forward that cannot be recorded (AttributeError: 'NoneType' object h",
     },
 }
