@@ -17,7 +17,7 @@ from surgery.plan import Plan, Probe, Session
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
 from surgery.samples import plain, sample_arguments
-from surgery.sites import MATRIX_SITES, SITES
+from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
 from surgery.unfused import Call, mask_of, with_matrix
 from surgery.where import Where
 
@@ -129,8 +129,25 @@ class Surgery:
             self.awaited = self.expected - {"k"} if self.is_cross and is_updated(cache, self.module) else self.expected
             self.where = Where(is_cross=self.is_cross)
             if cache is not None and self.needs_position:
+                self._check_joined()
                 queries, keys, filled = offsets(cache, self.module, self.is_cross, n_queries(args, kwargs))
                 self.where = Where(queries, keys, None, self.is_cross, filled)
+
+    def _check_joined(self) -> None:
+        """Raises CacheError for cuts by the position of keys that are joined from several sequences, where a cache grows."""
+        queries, keys = (self.sample[0][name][2] for name in "qk")
+        if self.is_cross or queries == keys:
+            return
+        by_key = [site for site in CORE_SITES if "key" in SITES[site].axes]
+        if sites := [site for site in by_key if any(operation.needs_position for operation in self.plan.of(site))]:
+            raise CacheError(
+                describe(
+                    f"{self.path!r} with a KV cache",
+                    f"cuts at {', '.join(sites)} that depend on the position",
+                    "cuts that do not: keys of several sequences are joined there, and keys of one move on as the other grows",
+                    "Run without a cache (use_cache=False), or cut at the projections.",
+                )
+            )
 
     def require(self, sites: Iterable[str]) -> None:
         """After the family's forward: these points must have been reached."""

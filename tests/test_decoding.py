@@ -14,10 +14,12 @@ import torch
 from families import D_MODEL, FAMILIES, HEADS, LENGTH
 from test_exactness import NO_STATIC_CACHE, by_chunks, cache_error, fresh, generate, new_cache, vectors
 from torch import Tensor
-from transformers import EncoderDecoderCache, StaticCache
+from transformers import EncoderDecoderCache, StaticCache, T5Gemma2ForConditionalGeneration
+from zoo.build import make_config
 
 import surgery.core
 from surgery import Edit, Freeze, Spec, SpecError, capture, find_anatomy, patch_model, unpatch_model
+from surgery.errors import CacheError
 from surgery.interventions import Operation
 from surgery.patch import KERNELS
 
@@ -265,3 +267,62 @@ def test_a_reference_that_ends_is_an_error_and_in_a_compiled_step_nan() -> None:
             # Traced code may round differently.
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
+
+
+# -- keys joined from two sequences ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged() -> Any:
+    """A decoder whose attention reads its own keys and the encoder's behind them."""
+    config = make_config("t5gemma2", "eager")
+    torch.manual_seed(0)
+    return _scaled(T5Gemma2ForConditionalGeneration(config).eval())
+
+
+def _scaled(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def merged_logits(model: Any, use_cache: bool) -> Tensor:
+    more: Any = {"use_cache": use_cache, "output_logits": True, "return_dict_in_generate": True, "decoder_start_token_id": 2}
+    ids = torch.arange(5, 19).view(2, 7)
+    return torch.stack(model.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, **more).logits)
+
+
+MERGED = "decoder.self.*"
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Freeze("both", layers=[MERGED], heads=[1]),
+        Edit("rot_k", "scale", 0.5, layers=[MERGED], heads=[1]),
+        Edit("k", "noise", layers=[MERGED], heads=[0], gqa="shared"),
+        Edit("z", "noise", layers=[MERGED], heads=[2]),
+        Edit("pattern", "uniform", layers=[MERGED], heads=[3]),
+    ],
+    ids=str,
+)
+def test_joined_keys_with_a_cache(merged: Any, cut: Any) -> None:
+    plain = merged_logits(merged, True)
+    patch_model(merged, cut)
+    cached, recomputed = (merged_logits(merged, use_cache) for use_cache in (True, False))
+    unpatch_model(merged)
+    assert not torch.allclose(cached, plain, rtol=0, atol=1e-3), "the cut must act"
+    # Products of other shapes add up in other orders: some hundred roundings of float32.
+    torch.testing.assert_close(cached, recomputed, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("site", ["rot_k", "v", "scores", "pattern"])
+def test_joined_keys_have_no_position_beside_a_cache(merged: Any, site: str) -> None:
+    """Those of the encoder move on with each token that is decoded."""
+    patch_model(merged, Edit(site, "noise", layers=[MERGED], heads=[1]))  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match=f"cuts at {site} that depend on the position"):
+        merged_logits(merged, True)
+    assert merged_logits(merged, False).isfinite().all()
+    unpatch_model(merged)
