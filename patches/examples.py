@@ -176,6 +176,16 @@ def context_before_the_states(module: Any, states: Tensor) -> dict[str, Any]:
     return {"context_hidden_states": context, "position_embeddings": (angles, angles)}
 
 
+@register_example(*_models("slanet.SLANetAttentionGRUCell", "slanext.SLANeXtAttentionGRUCell"))
+def one_step_of_a_recurrence(module: Any, states: Tensor) -> dict[str, Any]:
+    read, width = module.input_to_hidden.in_features, module.hidden_to_hidden.in_features
+    return {
+        "prev_hidden": states.new_ones(len(states), width),
+        "batch_hidden": states.new_ones(len(states), 5, read),
+        "char_onehots": states.new_ones(len(states), module.rnn.input_size - read),
+    }
+
+
 @register_example(*_models("evolla.EvollaSequenceAlignerCrossAttention"))
 def modalities(module: Any, states: Tensor) -> dict[str, Any]:
     """Three positions of each modality that the class has keys for."""

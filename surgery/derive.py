@@ -18,6 +18,8 @@ from surgery.labels import BASE, WEIGHT
 from surgery.record import record, record_parent
 from surgery.steps import Defeat
 
+NO_ATTENTION = "a softmax that is no attention, and is left alone"
+
 
 def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
     """Every attention module of a model.
@@ -52,12 +54,11 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
             + "\nDescribe these classes in a file like those in patches/, or pass strict=False to leave them as they are."
         )
     if not attentions:
-        if unsupported or others:
-            raise NoMatchError(
-                listing(
-                    f"{type(model).__name__} has no attention module but those that cannot be patched", unsupported + others
-                )
-            )
+        name = type(model).__name__
+        titles = {"no attention module but those that cannot be patched": unsupported, NO_ATTENTION: others}
+        listed = [listing(f"{name} has {title}", problems) for title, problems in titles.items() if problems]
+        if listed:
+            raise NoMatchError("\n".join(listed))
         raise NoMatchError(
             describe(
                 type(model).__name__, "no attention module", "at least one", "Pass a transformers model with softmax attention."

@@ -38,6 +38,7 @@ class Witness:
         self.main: Product | None = None
         self.values: Product | None = None
         self.fused: Step | None = None
+        self.second: Step | None = None
         self.lost: Step | None = None
         self.normed: Step | None = None
         self.normed_first = True
@@ -134,7 +135,8 @@ class Witness:
 
     def _normed(self, step: Step, scores: Labelled, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.softmax is not None:
-            raise Defeat("a second softmax over scores", step.place)
+            self.second = self.second or step
+            return
         self.softmax = step
         dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
         self._scores(scores, dim)
@@ -148,6 +150,8 @@ class Witness:
         if bool((scores.labels < 0).any()):
             raise Defeat("a softmax over more than one product's entries", self.softmax.place)
         self.main = main = self.products[owner_of(scores.labels) - SCORES]
+        if self._is_map(main):
+            raise Defeat("a softmax over a linear map of states, which is no q k^T", self.softmax.place, is_other=True)
         out = main.axes[2]
         entries = scores.labels.remainder(BASE)
         index = dict(zip(out, torch.unravel_index(entries, main.result.shape), strict=True))
@@ -174,6 +178,15 @@ class Witness:
         self._factor("rot_k", key, b, {keys: (ROW,), d: (COLUMN,)})
         self._coordinates = coordinates(main.result.shape, [self.roles[c] for c in out], self.heads)
         self.find_layout("scores", scores, SCORES)
+
+    @staticmethod
+    def _is_map(product: Product) -> bool:
+        """Whether a factor is a parameter that shares no axis with what is mapped but the one that is summed over."""
+        for own, other, factor in zip(product.axes[:2], product.axes[1::-1], product.factors, strict=True):
+            is_weight = isinstance(factor, Labelled) and WEIGHT <= owner_of(factor.labels) < SCORES
+            if is_weight and len(set(own) & set(other)) == 1 and len(own) == 2:
+                return True
+        return False
 
     def _factor(self, site: str, tensor: Tensor, axes: str, own: Mapping[str, Roles]) -> None:
         """The layout of a factor: the axes that it shares with the scores, or one entry where it is broadcast over them."""
@@ -237,6 +250,9 @@ class Witness:
         a, b = (product.axes[own], product.axes[1 - own])
         layout = self.layouts["pattern"]
         roles = dict(zip(a, layout.axes, strict=True))
+        if roles[product.contracted] == (ROW,):
+            reason = "a softmax over the queries of each key, which weights no values"
+            raise Defeat(reason, self.softmax.place if self.softmax else None, is_other=True)
         self.roles = {c: role for c, role in roles.items() if c in product.axes[2]}
         self._factor("v", value, b, {product.contracted: (ROW,), column: (COLUMN,)})
         self.roles = {**roles, rows: (ROW,), column: (COLUMN,)}
@@ -249,6 +265,8 @@ class Witness:
 
     def check(self) -> None:
         """Raises Defeat if the core was not seen whole."""
+        if self.second is not None:
+            raise Defeat("a second softmax over scores", self.second.place)
         if self.fused is not None and self.softmax is not None:
             raise Defeat("a fused kernel beside a softmax over scores", self.fused.place)
         if self.values is None and self.fused is None:

@@ -469,6 +469,60 @@ def test_refusals_name_the_class_the_line_and_the_expression(style: Any) -> None
     assert type(model["layer"]) is style and torch.isfinite(call(model, states())).all()
 
 
+class OverQueries(Refused):
+    """Each key is given to the queries in shares."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query, key, value = self.qkv_by_head(hidden_states)
+        shares = (query @ key.mT).softmax(-2)
+        return self.merge(shares / shares.sum(-1, keepdim=True) @ value)
+
+
+class Assigned(Refused):
+    """Each key is given to one query; the soft shares are only shown."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = self.qkv_by_head(hidden_states)
+        soft = (query @ key.mT).softmax(-2)
+        hard = torch.zeros_like(soft).scatter_(-2, soft.argmax(-2, keepdim=True), 1.0) - soft.detach() + soft
+        return self.merge(hard @ value), (query @ key.mT).softmax(-2)
+
+
+class Additive(Refused):
+    """One number for each state, by a vector that is learned; no query meets a key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Parameter(torch.ones(D_MODEL, 1))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query, value = self.q(hidden_states), self.v(hidden_states)
+        shares = (query @ self.weigh).softmax(1)
+        return self.o((shares * query).sum(1, keepdim=True) * value)
+
+
+LEFT_ALONE = {
+    OverQueries: ("a softmax over the queries of each key, which weights no values", "(query @ key.mT).softmax(-2)"),
+    Assigned: ("a softmax over the queries of each key, which weights no values", "(query @ key.mT).softmax(-2)"),
+    Additive: ("a softmax over a linear map of states, which is no q k^T", "(query @ self.weigh).softmax(1)"),
+}
+
+
+@pytest.mark.parametrize("style", LEFT_ALONE, ids=lambda style: style.__name__)
+def test_a_softmax_that_is_no_attention_is_left_alone_and_named(style: Any) -> None:
+    reason, expression = LEFT_ALONE[style]
+    alone = build(style)
+    with pytest.raises(NoMatchError, match="ModuleDict has a softmax that is no attention, and is left alone") as caught:
+        patch_model(alone)
+    message = str(caught.value)
+    assert f"'layer' ({style.__name__})" in message and reason in message and expression in message
+    beside = nn.ModuleDict({"other": alone["layer"], "layer": styles.Matmul()})
+    anatomy = find_anatomy(patch_model(beside, Freeze("ov", heads=[1])))
+    assert [a.path for a in anatomy] == ["layer"] and anatomy.unsupported == ()
+    assert len(anatomy.others) == 1 and reason in anatomy.others[0]
+    assert type(beside["other"]) is style
+
+
 def test_a_class_method_is_refused() -> None:
     """It does not know the instance whose cuts it should make."""
     with pytest.raises(UnsupportedArchitectureError, match=r"'layer' \(OfClass\)"):

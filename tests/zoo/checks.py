@@ -13,6 +13,7 @@ from torch import nn
 
 from surgery import Edit, Freeze
 from surgery.anatomy import Anatomy, Attention
+from surgery.derive import NO_ATTENTION
 from surgery.errors import NoMatchError
 from surgery.sites import SITES
 from zoo.build import UNBUILDABLE, supports_sdpa
@@ -232,8 +233,9 @@ def check(model_type: str) -> Outcome:
         _describe(anatomy, outcome)
         _prove(case, anatomy, outcome)
     except NoMatchError as error:
-        refused = refusals(str(error).split("\n"))
-        outcome.status, outcome.refused = ("refused" if refused else "no attention"), refused
+        refused, _, others = str(error).partition(NO_ATTENTION)
+        outcome.refused, outcome.others = refusals(refused.split("\n")), refusals(others.split("\n"))
+        outcome.status = "refused" if outcome.refused else "no attention"
     except Exception as error:  # a crash of the engine is a failure of the type, not of the survey
         outcome.status = "failed"
         outcome.fail("anatomy", f"{type(error).__name__}: {error}")

@@ -7,9 +7,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "grounding-dino": {
         "GroundingDinoBiMultiHeadAttention": "a second softmax over scores, at transformers.models.grounding_dino.mo",
     },
-    "groupvit": {
-        "GroupViTAssignAttention": "a second softmax over scores, at transformers.models.groupvit.modeling",
-    },
     "ibert": {
         "IBertSelfAttention": "scores whose axes are not products of batch, head, query and key, at t",
     },
@@ -33,14 +30,5 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "sew-d": {
         "DisentangledSelfAttention": "a forward that cannot be recorded (TypeError: 'NoneType' object is not",
-    },
-    "slanet": {
-        "SLANetAttentionGRUCell": "a forward that cannot be recorded (RuntimeError: The size of tensor a ",
-    },
-    "slanext": {
-        "SLANeXtAttentionGRUCell": "a forward that cannot be recorded (RuntimeError: The size of tensor a ",
-    },
-    "swiftformer": {
-        "SwiftFormerEfficientAdditiveAttention": "a product over the axes ayz, zx -> ayx, at transformers.models.swiftfo",
     },
 }
