@@ -1,10 +1,11 @@
-"""Running a module's forward in evaluation mode, whatever mode its owner has it in."""
+"""Running a module's forward in evaluation mode, or in training without a trace, whatever mode its owner has it in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -19,3 +20,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Running statistics, which a forward in training moves on, are after the block what they were."""
+    own = [(m, name, buffer) for m in module.modules() if m.training for name, buffer in m._buffers.items()]
+    kept = [(m, name, buffer, buffer.clone()) for m, name, buffer in own if buffer is not None]
+    try:
+        yield
+    finally:
+        for m, name, buffer, numbers in kept:
+            with torch.no_grad():
+                buffer.copy_(numbers)
+            m._buffers[name] = buffer

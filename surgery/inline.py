@@ -162,6 +162,8 @@ def _at_value(witness: Witness, tensor: Tensor, site: str) -> tuple[tuple[Place,
     step, part = witness.steps.get(id(tensor)), witness.parts.get(id(tensor))
     for number in witness.places_of(step) if step is not None else ():
         place = step.places[number]  # type: ignore[union-attr]
+        if part is None and not place.is_direct and _is_unpacked(place, 0):
+            continue  # a module of its own gives the tensor and others beside it
         if _is_expression(place) if part is None else _is_unpacked(place, part):
             return step.places[number + 1 : step.depth + 1], Wrap(place, site, target=part)  # type: ignore[union-attr]
     return None
@@ -232,11 +234,13 @@ def _pattern(witness: Witness, values: Product) -> tuple[tuple[Place, ...], Wrap
     """The pattern as dropout takes it, or v's product: after casts, so that weights that are returned show the cut."""
     factor = values.factors[0 if witness.is_first else 1]
     before = list(witness.ancestors(factor))
-    dropped = next((d for d in witness.drops if any(d is t for t in before)), factor)
+    dropped, drop = next(((d, step) for d, step in witness.drops if any(d is t for t in before)), (factor, None))
     assert isinstance(dropped, Labelled)
     witness.find_layout("pattern", dropped, PATTERN)
     if (found := _at_value(witness, dropped, "pattern")) is not None:
         return found
+    if drop is not None and 0 in witness.places_of(drop) and _is_expression(drop.places[0]):
+        return _operand(drop, "pattern", 0)
     witness.find_layout("pattern", factor, PATTERN)  # type: ignore[arg-type]
     return _operand(values, "pattern", PRODUCTS[values.name] + (0 if witness.is_first else 1))
 

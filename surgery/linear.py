@@ -18,7 +18,7 @@ from surgery.errors import SurgeryError, UnsupportedArchitectureError, describe
 from surgery.evaluation import evaluating
 from surgery.family import input_width
 from surgery.record import HOOKS
-from surgery.taps import at_hand, has_numbers, runs_on, runs_own_forward
+from surgery.taps import answer, at_hand, has_numbers, runs_on, runs_own_forward
 
 LinearMap = tuple[Tensor, Tensor | None]
 """(d_in, d_out) and (d_out,) or None: the output is x @ matrix + bias."""
@@ -105,8 +105,8 @@ def _asked(module: Any) -> LinearMap | None:
         return None
     dtype, device = _numbers(module)
     with evaluating(module):
-        bias = module.forward(torch.zeros(1, 1, width, dtype=dtype, device=device))[0, 0]
-        matrix = module.forward(torch.eye(width, dtype=dtype, device=device)[None])[0] - bias
+        bias = answer(module, torch.zeros(1, 1, width, dtype=dtype, device=device))[0, 0]
+        matrix = answer(module, torch.eye(width, dtype=dtype, device=device)[None])[0] - bias
     return matrix, (bias if bool(bias.any()) else None)
 
 
@@ -160,7 +160,7 @@ def _agrees(module: Any, matrix: Tensor, bias: Tensor | None) -> bool:
     rows = torch.randn(3, matrix.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = (rows * torch.tensor([[0.01], [1.0], [10.0]])).to(device, dtype)
     with evaluating(module):
-        found = module.forward(rows[None])[0].double()
+        found = answer(module, rows[None])[0].double()
     expected = rows.double() @ matrix.double() + (0 if bias is None else bias.double())
     # Rounding of the result, and of its sum; tensor cores round factors to 10 bits if they may; int8 activations to 7.
     exact = torch.get_float32_matmul_precision() == "highest"

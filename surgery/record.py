@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, remember, type_of
 from surgery.configs import config_view
 from surgery.evaluation import evaluating
 from surgery.family import Family, is_pointwise, is_projection, projection_width
 from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
+from surgery.source import n_returned
 from surgery.steps import Defeat
 from surgery.witness import Witness
 
@@ -36,7 +38,7 @@ class Recording:
     projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
     changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned),
     or may have: on the meta device nothing is seen. form: of the arguments that the forward took.
-    leads: the axes before the channels, by projection.
+    leads: the axes before the channels, by projection. returned: what the forward gave.
     give: what stubs give in place of labelled ones; arrived: the core's v, kept in such a run.
     output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     """
@@ -51,6 +53,7 @@ class Recording:
     leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     calls: int = 0
+    returned: Any = None
     witness: Any = None
     form: Form | None = None
     give: Give | None = None
@@ -133,14 +136,17 @@ class _Stub:
     def __init__(self, module: nn.Module, name: str, recording: Recording, dtype: torch.dtype, device: torch.device) -> None:
         self.module, self.name, self.recording, self.dtype, self.device = module, name, recording, dtype, device
         self.axis = 1 if is_pointwise(module) else -1
+        self.returned = n_returned(type(module).forward)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.axis == 1:
             return self._apply(x.movedim(1, -1)).movedim(-1, 1)
-        return self._apply(x)
+        output = self._apply(x)
+        # Some give scales of a quantisation beside it, which only numbers have.
+        return output if self.returned is None else (output, *[None] * (self.returned - 1))
 
     def _apply(self, x: Tensor) -> Tensor:
         record = self.recording
@@ -186,6 +192,7 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
             continue
         if not recording.calls:
             raise RuntimeError("the forward did not reach the core")
+        recording.returned = output
         recording.shapes["output"] = tuple(_first(output).shape)
         recording.labels["output"] = _labels_of(output)
         if recording.shapes["q"][2] > 1:
@@ -236,6 +243,7 @@ def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
             # Padding, and rows taken from elsewhere, bear no labels.
             full = [n for n in range(labels.shape[1]) if not bool((labels[:, n] < 0).any())]
             recording.labels[site] = labels[:, full[-1] if full else -1].clone()
+    recording.returned = output
     recording.shapes["output"] = tuple(_first(output).shape)
     recording.labels["output"] = _labels_of(output)
     return recording, [witness, *others]
@@ -262,11 +270,15 @@ def _furthest(failures: list[tuple[int, Exception]]) -> Exception:
 def record_parent(parent: nn.Module, child: str, recording: Recording) -> Recording:
     """Continues in the parent of an attention that returns z itself: finds the output projection beside it."""
     found = Recording(recording.family)
-    labels = recording.labels["output"]
     dtype, device = type_of(parent)
 
     def attention(*args: Any, **kwargs: Any) -> Any:
-        return Labelled.make(torch.ones(labels.shape, dtype=dtype, device=device), labels), None
+        return tree_map(again, recording.returned)
+
+    def again(value: Any) -> Any:
+        if not isinstance(value, Labelled):
+            return value
+        return Labelled.make(torch.ones(value.shape, dtype=dtype, device=device), value.labels)
 
     found.labels["output"] = _labels_of(
         run_on_stubs(parent, "", found, None, arguments_for(parent, None, False, next(plain_forms(parent))), {child: attention})
@@ -340,4 +352,4 @@ def _has_hooks(module: nn.Module) -> bool:
 def _first(output: Any) -> Any:
     if isinstance(output, Mapping):
         output = tuple(output.values())
-    return output[0] if isinstance(output, tuple | list) else output
+    return _first(output[0]) if isinstance(output, tuple | list) and output else output

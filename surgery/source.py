@@ -116,6 +116,17 @@ def operand(function: types.FunctionType, node: ast.expr, number: int, is_direct
     raise OSError(f"operand {number} is not written out in {ast.unparse(node)}")
 
 
+def n_returned(function: Any) -> int | None:
+    """How many values a function gives as a tuple that each of its returns writes out; None if it does not, or is not known."""
+    try:
+        node = definition(inspect.unwrap(function))
+    except (OSError, AttributeError):
+        return None
+    values = [part.value for part in ast.walk(node) if isinstance(part, ast.Return)]
+    sizes = {len(value.elts) if isinstance(value, ast.Tuple) else 0 for value in values}
+    return sizes.pop() or None if len(sizes) == 1 else None
+
+
 def unpacked_name(node: ast.Assign, number: int | None) -> str:
     """The name that one of several values is given in `a, b = ...`. Raises OSError if it is given none."""
     targets = getattr(node.targets[0], "elts", ()) if len(node.targets) == 1 else ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 Replay = Callable[[], AbstractContextManager[None]]
+Call = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -41,15 +43,17 @@ class Tap:
         self.sites[site], self._chosen[site] = channels, Heads(channels.flatten().tolist())
         self._batch_axes[site] = batch_axes
 
-    def __call__(self, projection: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, projection: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         replay = _replay(projection, x.device) if "result" in self.sites else contextlib.nullcontext
-        output = projection(x, *args, **kwargs)
+        found = projection(x, *args, **kwargs)
+        output, more = (found[0], found[1:]) if isinstance(found, tuple) else (found, None)
+        call = functools.partial(answer, projection, args=args, kwargs=kwargs)
         for site, channels in self.sites.items():
             if site == "result":
-                output = self._result(projection, x, output, channels, replay)
+                output = self._result(projection, x, output, channels, replay, call)
             else:
                 output = self._rows(site, output, channels)
-        return output
+        return output if more is None else (output, *more)
 
     def _rows(self, site: str, output: Tensor, channels: Tensor) -> Tensor:
         """q or k: the projection's channels by head, changed where they stand."""
@@ -71,14 +75,22 @@ class Tap:
         """Back to the axes of `like`."""
         return tensor.reshape(like.shape) if self._batch_axes[site] else tensor.transpose(0, 1)
 
-    def _result(self, projection: nn.Module, x: Tensor, output: Tensor, channels: Tensor, replay: Replay) -> Tensor:
+    def _result(
+        self,
+        projection: nn.Module,
+        x: Tensor,
+        output: Tensor,
+        channels: Tensor,
+        replay: Replay,
+        call: Call,
+    ) -> Tensor:
         """result: what each head adds to the output. Where it changes, the output is the other heads' with the changed ones'.
 
         Not output - before + after: what rounding leaves of two terms that should cancel, a norm behind would blow up.
         """
         heads, cut = self.surgery.result_heads, self.surgery.edited_result_heads
         with at_hand(projection) if is_plain(projection) else contextlib.nullcontext():
-            by_head = (head_result(projection, x, channels[head], replay) for head in heads)
+            by_head = (head_result(projection, x, channels[head], replay, call) for head in heads)
             parts = torch.stack([self._lead("result", part, 1) for part in by_head], dim=1)
         edited = self.surgery.at("result", parts, heads)
         if not cut:
@@ -86,7 +98,7 @@ class Tap:
         own = Heads([heads.index(head) for head in cut])
         before, after = own.take(parts), own.take(edited)
         with replay():
-            others = projection.forward(x.index_fill(-1, channels[list(cut)].flatten().to(x.device), 0))
+            others = call(x.index_fill(-1, channels[list(cut)].flatten().to(x.device), 0))
         changed = self._unlead("result", (before != after).any(dim=1).any(dim=-1, keepdim=True), output[..., :1])
         after, change = (self._unlead("result", t.sum(dim=1), output) for t in (after, after - before))
         return torch.where(changed, others + after, output + change)
@@ -112,22 +124,30 @@ def _replay(projection: nn.Module, device: torch.device) -> Replay:
     return context
 
 
-def head_result(projection: nn.Module, x: Tensor, channels: Tensor, replay: Replay = contextlib.nullcontext) -> Tensor:
+def answer(projection: nn.Module, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Tensor:
+    """What a linear map makes of x: the first of what its forward gives, which may have scales of a quantisation beside it.
+
+    Not projection(..): the user's hooks there fire once in a forward, for the whole output.
+    """
+    output = projection.forward(x, *args, **(kwargs or {}))
+    return output[0] if isinstance(output, tuple) else output
+
+
+def head_result(projection: nn.Module, x: Tensor, channels: Tensor, replay: Replay, call: Call) -> Tensor:
     """(batch, query, d_model): what some input channels add to a linear map's output, its bias left out.
 
-    A plain map gives its own rows of the weight. Any other (quantised, adapted) computes it itself, on an input that is zero
-    elsewhere.
+    A plain map gives its own rows of the weight. Any other (quantised, adapted) computes it itself by `call`, on an input that
+    is zero elsewhere.
     """
     weight: Any = projection.weight if is_plain(projection) else None
     if weight is not None and weight.device == x.device:
         channels = channels.to(x.device)
         return x.index_select(-1, channels) @ (weight[channels] if type(projection) is Conv1D else weight[:, channels].t())
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, channels.to(x.device), True)
-    # Not projection(..): the user's hooks there fire once in a forward, for the whole output.
     with replay():
-        part = projection.forward(torch.where(mask, x, 0))
+        part = call(torch.where(mask, x, 0))
     with replay():
-        return part - projection.forward(torch.zeros_like(x[:1, :1]))
+        return part - call(torch.zeros_like(x[:1, :1]))
 
 
 def is_plain(projection: nn.Module) -> bool:
@@ -193,7 +213,7 @@ class Tapped:
     def __init__(self, projection: nn.Module, tap: Tap) -> None:
         self.projection, self.tap = projection, tap
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tap(self.projection, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from surgery.anatomy import Attention
 from surgery.errors import ParityError, describe
+from surgery.evaluation import keeping_buffers
 from surgery.layout import Layout
 from surgery.record import HOOKS
 from surgery.rewrite import Rewriter
@@ -85,7 +86,7 @@ def _verify_inline(attention: Attention) -> None:
     seer = _Seer(inline.layouts)
     # Some forwards set an attribute: neither run may show it to the other, or to the module.
     states = [{**module.__dict__, "_surgery": seer}, dict(module.__dict__)]
-    with torch.no_grad(), torch.random.fork_rng(), _without_hooks(module):
+    with torch.no_grad(), torch.random.fork_rng(), _without_hooks(module), keeping_buffers(module):
         outputs = []
         for state, cls in zip(states, (type(view), base), strict=True):
             run: Any = object.__new__(cls)

@@ -42,7 +42,7 @@ class Witness:
         self.lost: Step | None = None
         self.normed: Step | None = None
         self.normed_first = True
-        self.drops: list[Labelled] = []
+        self.drops: list[tuple[Labelled, Step]] = []
         self.layouts: dict[str, Layout] = {}
         self.heads = 0
         self.tensors: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ class Witness:
         elif name == "scaled_dot_product_attention":
             self._fused(step, args, kwargs, out)
         elif "dropout" in name and PATTERN <= owner_of(given[0].labels) < Z:
-            self.drops.append(given[0])
+            self.drops.append((given[0], step))
         self.order_of_steps.append(step)
         several = isinstance(out, tuple | list)
         for number, result in enumerate(out if several else (out,)):

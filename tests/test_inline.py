@@ -71,8 +71,12 @@ def call(model: Any, x: Tensor, mask: Tensor | None = None, **more: Any) -> Tens
     layer = model["layer"]
     x = x.transpose(0, 1) if layer.is_sequence_first else x
     out = layer(x, **({} if mask is None else {"attention_mask": mask}), **more)
-    out = out[0] if isinstance(out, tuple) else out
+    out = first(out)
     return out.transpose(0, 1) if layer.is_sequence_first else out
+
+
+def first(output: Any) -> Any:
+    return first(output[0]) if isinstance(output, tuple) else output
 
 
 def by_hand(layer: Any, x: Tensor, mask: Any = None, cuts: Cuts | None = None) -> dict[str, Tensor]:
@@ -86,7 +90,7 @@ def by_hand(layer: Any, x: Tensor, mask: Any = None, cuts: Cuts | None = None) -
         seen[site] = tensor
         return tensor
 
-    parts = layer.qkv(x).chunk(3, dim=-1) if layer.is_fused else (layer.q(x), layer.k(x), layer.v(x))
+    parts = layer.qkv(x).chunk(3, dim=-1) if layer.is_fused else [first(p(x)) for p in (layer.q, layer.k, layer.v)]
     q, k, v = (part.unflatten(-1, (-1, WIDTH)).permute(0, 2, 1, 3) for part in parts)
     q, k = at("q", q), at("k", k)
     groups = HEADS // k.shape[1]
@@ -619,6 +623,29 @@ def test_the_code_can_be_read(style: Any) -> None:
     compile(code, "code", "exec")
     names = ["_surgery.fused("] if style in FUSED else [f"spot('{site}', " for site in CORE_SITES]
     assert all(name in code for name in names)
+
+
+class Normed(styles.Attention):
+    """Its keys are normed by running statistics, which a forward in training moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(D_MODEL)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query, _, value = self.qkv_by_head(hidden_states)
+        key = self.by_head(self.norm(self.k(hidden_states).mT).mT)
+        return self.merge(torch.softmax(query @ key.mT, dim=-1) @ value)
+
+
+def test_patching_in_training_leaves_running_statistics_as_they_are() -> None:
+    model = build(Normed).train()
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    assert before
+    patch_model(model, Freeze("ov", heads=[1]))
+    assert all(buffer is before[name][0] and torch.equal(*before[name]) for name, buffer in model.named_buffers())
+    call(model, states())
+    assert not any(torch.equal(*before[name]) for name in before)
 
 
 def test_this_module_is_left_as_it_is() -> None:

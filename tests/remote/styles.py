@@ -58,6 +58,40 @@ class Operators(Attention):
         return self.merge(torch.softmax(query @ key.mT / math.sqrt(WIDTH) + mask, -1) @ value)
 
 
+class Scaled(nn.Linear):
+    """A map that gives the scale of a quantisation beside its output; here there is none."""
+
+    def forward(self, x, scale=None):
+        return F.linear(x, self.weight, self.bias), scale
+
+
+class ScaledSoftmax(nn.Module):
+    def forward(self, scores, scale=None):
+        return F.softmax(scores, dim=-1), scale
+
+
+class Pairs(Attention):
+    """Every part of it gives a pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (Scaled(D_MODEL, D_MODEL) for _ in range(4))
+        self.softmax, self.dropout = ScaledSoftmax(), nn.Dropout(0.1)
+
+    def forward(self, hidden_states, attention_mask=None):
+        query, q_scale = self.q(hidden_states)
+        key, k_scale = self.k(hidden_states)
+        value, v_scale = self.v(hidden_states, k_scale)
+        query, key, value = (self.by_head(part) for part in (query, key, value))
+        scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        probs, scale = self.softmax(scores, q_scale)
+        probs = self.dropout(probs)
+        output, scale = self.merge(torch.matmul(probs, value))
+        return (output, probs), (scale, v_scale)
+
+
 class BatchTimesHead(Attention):
     scales_q = True
 
@@ -433,6 +467,6 @@ class FusedGrouped(Attention):
 WRITTEN_OUT = (
     Matmul, Operators, BatchTimesHead, HeadMajor, SequenceFirst, Blocks, KeysFirst, MultiQuery, Added, AddedMethod, Methods,
     SoftmaxModule, Keywords, EinsumList, Helper, HelperInHelper, Static, Aliased, Inherited, Extended, Decorated, Enclosed,
-    Unbound, Relative, UnboundRelative, Dropped, Branches,
+    Unbound, Relative, UnboundRelative, Dropped, Branches, Pairs,
 )  # fmt: skip
 FUSED = (Fused, FusedFlat, FusedGrouped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.anatomy import Anatomy, Attention
 from surgery.errors import UnsupportedArchitectureError
@@ -73,9 +73,9 @@ class _Read:
         handles = []
         for path in {p.path for p in attention.projections.values()}:
 
-            def hook(module: Any, args: Any, output: Tensor, path: str = path) -> None:
+            def hook(module: Any, args: Any, output: Any, path: str = path) -> None:
                 self.inputs.setdefault(path, args[0].detach())
-                self.outputs.setdefault(path, output.detach())
+                self.outputs.setdefault(path, (output[0] if isinstance(output, tuple) else output).detach())
 
             handles.append(case.model.get_submodule(path).register_forward_hook(hook))
         try:

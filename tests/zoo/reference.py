@@ -165,7 +165,7 @@ def _refuse_norms(module: nn.Module, d: int) -> None:
 
 @contextmanager
 def without_z(found: Slice, put: Callable[[Tensor], Any] | None = None) -> Iterator[list[Tensor]]:
-    """In the unpatched model, what the output projection (or the norm before it) reads of a head is zero, or what `put` makes of it.
+    """In the unpatched model, what W_O (or the norm before it) reads of a head is zero, or what `put` makes of it.
 
     Yields what it read in each call.
     """
@@ -189,11 +189,12 @@ def without_q(found: Slice) -> Iterator[list[nn.Module]]:
     """In the unpatched model, a head's slice of the q projection's output is zero. Yields the projection, once a call."""
     calls: list[nn.Module] = []
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
         calls.append(module)
-        output = output.clone()
-        output[..., found.channels] = 0
-        return output
+        first, *others = output if isinstance(output, tuple) else (output,)
+        first = first.clone()
+        first[..., found.channels] = 0
+        return (first, *others) if isinstance(output, tuple) else first
 
     handle = found.projection.register_forward_hook(hook)
     try:

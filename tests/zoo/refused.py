@@ -7,9 +7,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "grounding-dino": {
         "GroundingDinoBiMultiHeadAttention": "a second softmax over scores, at transformers.models.grounding_dino.mo",
     },
-    "ibert": {
-        "IBertSelfAttention": "scores whose axes are not products of batch, head, query and key, at t",
-    },
     "led": {
         "LEDEncoderSelfAttention": "a softmax over more than one product's entries, at transformers.models",
     },
