@@ -15,6 +15,7 @@ from surgery.family import Family, find_family
 from surgery.inline import Inline, record_inline
 from surgery.plan import Plan, Probe, Session
 from surgery.reconstruction import Reconstruction
+from surgery.record import has_hooks
 from surgery.rewrite import Rewriter
 from surgery.samples import plain, sample_arguments
 from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
@@ -225,6 +226,20 @@ class Surgery:
         if not self.plan.of(site):
             return tensor
         return layout.from_standard(edited.clone() if is_watched else edited, tensor)
+
+    @staticmethod
+    def inner(module: nn.Module) -> nn.Module:
+        """A module within an inline attention whose forward is part of the rewritten code: it is not called as a module."""
+        if not torch.compiler.is_compiling() and (has_hooks(module) or "forward" in module.__dict__):
+            raise SurgeryError(
+                describe(
+                    f"a {type(module).__name__} in an attention with cuts",
+                    "a hook on it, or a forward that something else set",
+                    "neither: its code is compiled into the attention's, with intervention points",
+                    "Remove the hook, or put it on the attention itself.",
+                )
+            )
+        return module
 
     def fused(
         self,

@@ -15,7 +15,18 @@ from surgery.family import Family
 from surgery.labels import PATTERN, Labelled
 from surgery.layout import Layout
 from surgery.record import Recording, watch
-from surgery.source import Place, Position, Wrap, definition, find, find_unpacking, rewrite, unpacked_name
+from surgery.source import (
+    Kind,
+    Place,
+    Position,
+    Wrap,
+    definition,
+    find,
+    find_unpacking,
+    owned_functions,
+    rewrite,
+    unpacked_name,
+)
 from surgery.steps import PRODUCTS, Defeat, Product, Step
 from surgery.witness import Witness
 
@@ -40,12 +51,27 @@ def record_inline(module: nn.Module, is_cross: bool) -> Recording:
 
     Raises Defeat, or what the forward raised for the arguments that it was given.
     """
-    recording, witnesses = watch(module, is_cross)
-    inline = make_inline(*witnesses)
+    try:
+        recording, witnesses = watch(module, is_cross)
+        inline = make_inline(*witnesses)
+    except Defeat as error:
+        recording, inline = _record_inner(module, is_cross, error)
     kernels = {"sdpa": _call} if inline.is_fused else {}
     recording.family = Family(_eager, members=inline.methods, kernels=kernels, inline=inline)
     recording.core["kwargs"] = {}
     return recording
+
+
+def _record_inner(module: nn.Module, is_cross: bool, error: Defeat) -> tuple[Recording, Inline]:
+    """As above, with points in the code of modules within, too. Raises the error that was met without them if that fails."""
+    inner = {type(part) for part in module.modules() if part is not module and owned_functions(type(part))}
+    if error.is_other or not inner:
+        raise error
+    try:
+        recording, witnesses = watch(module, is_cross, inner)
+        return recording, make_inline(*witnesses)
+    except Exception as other:  # the first error says more of the module's own code
+        raise error from other
 
 
 def _eager(
@@ -93,7 +119,10 @@ def make_inline(witness: Witness, *others: Witness) -> Inline:
 
 def _compile(wraps: list[tuple[tuple[Place, ...], Wrap]], witness: Witness) -> Inline:
     """wraps: each with the calls of helpers that lead from a method to its function, the innermost first."""
-    own = set(witness.methods.values())
+    own, within = set(witness.methods.values()), set(witness.inner.values())
+
+    def kind(function: types.FunctionType) -> Kind:
+        return "inner" if function in within else "method" if function in own and not is_static(function) else "function"
 
     def is_static(function: types.FunctionType) -> bool:
         return "staticmethod" in [getattr(d, "id", "") for d in definition(function).decorator_list]
@@ -111,8 +140,8 @@ def _compile(wraps: list[tuple[tuple[Place, ...], Wrap]], witness: Witness) -> I
 
     def make(function: types.FunctionType) -> Callable[..., Any]:
         if function not in done:
-            helpers = {p: (f.__name__, make(f), f in own and not is_static(f)) for p, f in calls.get(function, {}).items()}
-            is_method = function in own and not is_static(function)
+            helpers = {p: (f.__name__, make(f), kind(f)) for p, f in calls.get(function, {}).items()}
+            is_method = kind(function) == "method"
             done[function], source = rewrite(function, by_function.get(function, ()), helpers, is_method)
             sources.append(source)
         return done[function]

@@ -10,7 +10,7 @@ this works for quantised, adapted, offloaded and meta modules alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -203,8 +203,10 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
     return found
 
 
-def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
+def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tuple[Recording, list[Witness]]:
     """Runs the forward of a module that computes its attention inline before a witness: once, and with its mask or without.
+
+    inner: classes of modules within it whose code may hold points.
 
     Returns what the first run showed, and the witnesses. Raises Defeat if the core was seen and cannot be rewritten;
     otherwise what the forward raised where it came furthest.
@@ -213,7 +215,7 @@ def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
     for form in inline_forms(module):
         recording = Recording(None, form=form)  # type: ignore[arg-type]
         try:
-            output = _watched(module, is_cross, form, recording)
+            output = _watched(module, is_cross, form, recording, inner)
             remember(module, form)
             break
         except Exception as error:  # of whatever kind a foreign forward raises for arguments that it does not take
@@ -226,7 +228,7 @@ def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
     for mask in ("none", "additive", "pairs", "positions") if form.mask == "nothing" else ("none",):
         other = Recording(None)  # type: ignore[arg-type]
         try:
-            _watched(module, is_cross, replace(form, mask=mask), other)
+            _watched(module, is_cross, replace(form, mask=mask), other, inner)
         except Exception:  # that kind of mask is not taken
             continue
         if other.core["given"] != recording.core["given"]:
@@ -249,9 +251,9 @@ def watch(module: nn.Module, is_cross: bool) -> tuple[Recording, list[Witness]]:
     return recording, [witness, *others]
 
 
-def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording) -> Any:
+def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording, inner: Collection[type]) -> Any:
     """One run before a witness, which must have seen the core whole."""
-    recording.witness = Witness(getattr(type(module), "_surgery_base", type(module)), recording.projections)
+    recording.witness = Witness(getattr(type(module), "_surgery_base", type(module)), recording.projections, inner)
     arguments = recording.core["arguments"] = arguments_for(module, None, is_cross, form)
     recording.core["given"] = {name: getattr(value, "shape", value is None) for name, value in arguments.items()}
     output = run_on_stubs(module, "", recording, None, arguments)
@@ -325,7 +327,7 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
             return _Stub(value, path, recording, dtype, device)
         if isinstance(value, nn.ModuleList | nn.Sequential):
             return _Chain(wrap(child, f"{path}.{name}") for name, child in value._modules.items() if child is not None)
-        if any(is_projection(child) or _has_hooks(child) for child in value.modules()):
+        if any(is_projection(child) or has_hooks(child) for child in value.modules()):
             return _view(value, f"{path}.", recording, None, {})
         return value
 
@@ -345,7 +347,8 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called around a module's forward."""
     return "_hf_hook" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in HOOKS)
 
 

@@ -10,10 +10,13 @@ import linecache
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 KEYWORDS = (("input",), ("other", "mat2", "batch1"), ("batch2",))
 """What the arguments of products are called, by their number."""
+
+Kind = Literal["function", "method", "inner"]
+"""What a rewritten function is: a global function, a method of the class, or one of a module within."""
 
 Position = tuple[int, int, int, int]
 """First line, first column, last line, last column (columns in bytes), as the compiler notes them."""
@@ -160,13 +163,13 @@ def _is_module(function: types.FunctionType, node: ast.expr) -> bool:
 def rewrite(
     function: types.FunctionType,
     wraps: Iterable[Wrap],
-    helpers: Mapping[Position, tuple[str, Callable[..., Any], bool]],
+    helpers: Mapping[Position, tuple[str, Callable[..., Any], Kind]],
     is_method: bool,
 ) -> tuple[Callable[..., Any], str]:
     """A function with calls put round expressions, and its source.
 
     helpers: the calls of other rewritten functions, by position: the name that is called there, what to call instead, and
-      whether that is a method (of a base class, called through super() or by its name).
+      what that is: a function, a method (of a base class, called through super() or by its name), or one of a module within.
     A method calls `self._surgery.spot`; any other function gets the surgery as the keyword `_surgery`.
     """
     node = copy.deepcopy(definition(function))
@@ -208,12 +211,19 @@ def rewrite(
             if position is None:
                 return new
             if position in helpers and isinstance(new, ast.Call):
-                name, helper, is_bound = helpers[position]
-                names[f"_surgery_{name}"] = helper
-                if is_bound and _is_super(new.func):
+                name, helper, kind = helpers[position]
+                called = f"_surgery_{name}"
+                while names.setdefault(called, helper) is not helper:
+                    called += "_"  # of another module, with the same name
+                if kind == "method" and _is_super(new.func):
                     new.args.insert(0, ast.copy_location(ast.Name(first[0].arg, ast.Load()), new.func))
-                new.func = ast.copy_location(ast.Name(f"_surgery_{name}", ast.Load()), new.func)
-                if not is_bound:
+                if kind == "inner":
+                    is_named = isinstance(new.func, ast.Attribute) and new.func.attr == name
+                    module = new.func.value if is_named else new.func  # type: ignore[attr-defined]
+                    check = ast.Attribute(surgery, "inner", ast.Load())
+                    new.args.insert(0, ast.copy_location(ast.Call(check, [module], []), new.func))
+                new.func = ast.copy_location(ast.Name(called, ast.Load()), new.func)
+                if kind != "method":
                     new.keywords.append(ast.keyword("_surgery", surgery))
             for wrap in by_position.pop(position, []):
                 if wrap.kernel:

@@ -75,12 +75,15 @@ class Defeat(UnsupportedArchitectureError):
 
 
 def locate(
-    methods: Mapping[types.CodeType, types.FunctionType], names: Container[types.FunctionType], depth: int
+    methods: Mapping[types.CodeType, types.FunctionType],
+    names: Container[types.FunctionType],
+    inner: Mapping[types.CodeType, types.FunctionType],
+    depth: int,
 ) -> tuple[tuple[Place, ...], int]:
     """The expressions of a module's own code that are being computed, the innermost first; how many are in helpers.
 
-    methods: the functions of the module's class, by code; names: those that an instance has as methods;
-    depth: how many frames above this one lie outside that code.
+    methods: the functions of the module's class, by code; names: those that an instance has as methods; inner: the functions
+    of modules within it, which count as helpers; depth: how many frames above this one lie outside that code.
     """
     frame: types.FrameType | None = sys._getframe(depth)
     is_direct = True
@@ -89,7 +92,7 @@ def locate(
         code = frame.f_code
         if code.co_name == "_run" and code.co_filename.endswith("surgery/record.py"):
             break
-        function = methods.get(code)
+        function = methods.get(code) or inner.get(code)
         is_method = function is not None and function in names
         if function is None:
             function = _global_function(frame)

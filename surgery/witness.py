@@ -8,7 +8,7 @@ whatever they are called and in whichever method or helper they stand. Each is k
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ from surgery.steps import PRODUCTS, Defeat, Product, Step, locate
 class Witness:
     """Sees every function of one run (`surgery.labels.Watcher`), and finds the core in them.
 
-    view: the class of the object whose forward runs; projections: names of the owners of channels, in their order.
+    view: the class of the object whose forward runs; projections: names of the owners of channels, in their order; inner:
+    classes of modules within, whose code may hold points, too.
     """
 
-    def __init__(self, view: type, projections: list[str]) -> None:
+    def __init__(self, view: type, projections: list[str], inner: Iterable[type] = ()) -> None:
         self.methods, self.names = owned_functions(view), method_names(view)
+        self.inner = {code: f for cls in inner for code, f in owned_functions(cls).items() if code not in self.methods}
         self.projections, self.weights = projections, list[str]()
         self.steps: dict[int, Step] = {}
         self.parts: dict[int, int | None] = {}
@@ -58,7 +60,7 @@ class Witness:
     # -- seeing ---------------------------------------------------------------------------------------------------------
 
     def see(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Labelled], out: Any) -> None:
-        step = Step(name, *locate(self.methods, self.names, 3), tuple(given))
+        step = Step(name, *locate(self.methods, self.names, self.inner, 3), tuple(given))
         if name == "linear" and isinstance(args[1], Labelled) and args[1].dim() == 2:
             self._projected(("...i", "oi", "...o"), args[0], args[1], out)
         elif name in PRODUCTS and isinstance(out, Tensor):

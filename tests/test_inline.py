@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from surgery import Edit, Freeze, NoMatchError, UnsupportedArchitectureError, capture, find_anatomy, patch_model, unpatch_model
 from surgery.classes import SurgicalAttention
+from surgery.errors import SurgeryError
 from surgery.layout import BATCH, COLUMN, HEAD, ROW, Layout
 from surgery.sites import CORE_SITES, SITES
 
@@ -296,7 +297,7 @@ def test_a_fused_kernel_under_each_mask(style: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "style", [styles.Fused, styles.Matmul, styles.HelperInHelper, styles.Unbound], ids=lambda s: s.__name__
+    "style", [styles.Fused, styles.Matmul, styles.HelperInHelper, styles.Unbound, styles.Within], ids=lambda s: s.__name__
 )
 def test_compiled(style: Any) -> None:
     torch._dynamo.reset()
@@ -623,6 +624,20 @@ def test_the_code_can_be_read(style: Any) -> None:
     compile(code, "code", "exec")
     names = ["_surgery.fused("] if style in FUSED else [f"spot('{site}', " for site in CORE_SITES]
     assert all(name in code for name in names)
+
+
+def test_a_hook_on_a_module_whose_code_is_rewritten_is_an_error_under_cuts() -> None:
+    """It would not fire there."""
+    model, x = build(styles.Within), states()
+    expected = call(model, x)
+    patch_model(model)
+    handle = model["layer"].products.register_forward_hook(lambda module, args, output: output * 2)
+    assert not torch.equal(call(model, x), expected), "without cuts it fires"
+    patch_model(model, Freeze("qk", heads=[1]))
+    with pytest.raises(SurgeryError, match=r"a Products in an attention with cuts: found a hook on it"):
+        call(model, x)
+    handle.remove()
+    assert not torch.equal(call(model, x), expected)
 
 
 class Normed(styles.Attention):

@@ -92,6 +92,32 @@ class Pairs(Attention):
         return (output, probs), (scale, v_scale)
 
 
+class Products(nn.Module):
+    """Two terms of the scores, of which the second is zero."""
+
+    def content(self, query, key):
+        return torch.matmul(query, key.transpose(-1, -2))
+
+    def forward(self, query, key):
+        content = self.content(query, key)
+        return content + torch.matmul(query, query.new_zeros(WIDTH, key.shape[-2]))
+
+
+class Within(Attention):
+    """The product stands in the code of a module within."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = Products()
+
+    def forward(self, hidden_states, attention_mask=None):
+        query, key, value = self.qkv_by_head(hidden_states)
+        scores = self.products(query, key) * self.scale
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        return self.merge(torch.matmul(F.softmax(scores, dim=-1), value))
+
+
 class BatchTimesHead(Attention):
     scales_q = True
 
@@ -467,6 +493,6 @@ class FusedGrouped(Attention):
 WRITTEN_OUT = (
     Matmul, Operators, BatchTimesHead, HeadMajor, SequenceFirst, Blocks, KeysFirst, MultiQuery, Added, AddedMethod, Methods,
     SoftmaxModule, Keywords, EinsumList, Helper, HelperInHelper, Static, Aliased, Inherited, Extended, Decorated, Enclosed,
-    Unbound, Relative, UnboundRelative, Dropped, Branches, Pairs,
+    Unbound, Relative, UnboundRelative, Dropped, Branches, Pairs, Within,
 )  # fmt: skip
 FUSED = (Fused, FusedFlat, FusedGrouped)

@@ -1,9 +1,6 @@
 """The attention classes that are left as they are, by model type, with a part of the reason that must be given."""
 
 REFUSED: dict[str, dict[str, str]] = {
-    "gemma3n_audio": {
-        "Gemma3nAudioAttention": "a matmul that runs more than once in a forward, at transformers.models",
-    },
     "grounding-dino": {
         "GroundingDinoBiMultiHeadAttention": "a second softmax over scores, at transformers.models.grounding_dino.mo",
     },
