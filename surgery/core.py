@@ -210,11 +210,14 @@ class Surgery:
                 )
             )
 
-    def spot(self, site: str, tensor: Tensor) -> Tensor:
-        """An intervention point in the code of an inline attention, where the tensor has the axes of that code."""
+    def spot(self, site: str, tensor: Any, layout: Any = None) -> Any:
+        """An intervention point in the code of an inline attention, where the tensor has the axes of that code.
+
+        layout: of this tensor; None: that of the site.
+        """
         if site not in self.plan.sites and not (site == "scores" and self.edited_matrix_heads):
             return tensor
-        layout = self.family.inline.layouts[site]
+        layout = self.family.inline.layouts[site] if layout is None else layout
         standard = layout.to_standard(tensor)
         if site == "scores":
             self.where.allowed = standard > _MASKED

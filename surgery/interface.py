@@ -1,13 +1,19 @@
-"""What a patched module's forward calls in place of a kernel."""
+"""What a patched module's forward calls: attention in place of a kernel, or its points where a patch writes the forward out."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from surgery.family import IMPLEMENTATION
+from surgery.errors import SurgeryError, describe
+from surgery.family import IMPLEMENTATION, Family
+from surgery.inline import Inline
+from surgery.layout import STANDARD
+from surgery.sites import SITES
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -25,6 +31,49 @@ def implementation_of(module: nn.Module) -> str:
     """The implementation that a patched module computes as: "eager" under kernel="eager", otherwise the config's."""
     surgery: Any = module._surgery
     return surgery.computes_as
+
+
+class Arrangement(Protocol):
+    """A way to hold the tensor of a site, and the way to the axes of `surgery.sites` and back."""
+
+    def to_standard(self, tensor: Any) -> Tensor:
+        """(batch, head, row, column)."""
+        ...
+
+    def from_standard(self, tensor: Tensor, like: Any) -> Any:
+        """Back to what `like` is."""
+        ...
+
+
+def point(module: nn.Module, site: str, tensor: Any, arrangement: Arrangement | None = None) -> Any:
+    """An intervention point in a forward that a patch writes out; returns what to go on with.
+
+    tensor: with the axes of `surgery.sites`, or held as the arrangement has it, which is asked only where there is work to do.
+    Where a forward comes to a site several times, cuts act each time, and captures have the tensors in that order.
+    """
+    surgery: Any = module._surgery
+    return surgery.spot(site, tensor, arrangement)
+
+
+def written_out(forward: Callable[..., Any]) -> Family:
+    """The family of a class whose forward a patch writes out, with `point` at rot_q, rot_k, scores, pattern, v and z.
+
+    It must compute what the class's own does, bit for bit: `patch_model` compares them on random numbers.
+    """
+    layouts = dict.fromkeys(SITES, STANDARD)
+    inline = Inline({"forward": forward}, layouts, inspect.getsource(forward))
+    return Family(forward, members=inline.methods, kernels={}, inline=inline)
+
+
+def without_points(module: Any) -> Any:
+    """The module as it is without cuts at its projections, for what a forward uses them for besides q and k."""
+    return getattr(module._surgery, "module", module)
+
+
+def refuse(module: nn.Module, found: str, expected: str, do: str) -> NoReturn:
+    """Raises SurgeryError: what a patched module cannot do in this forward."""
+    surgery: Any = module._surgery
+    raise SurgeryError(describe(f"{surgery.path!r}", found, expected, do))
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

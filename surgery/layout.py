@@ -70,6 +70,10 @@ class Layout:
         return sorted(range(len(roles)), key=lambda axis: roles[axis])
 
 
+STANDARD = Layout(((BATCH,), (HEAD,), (ROW,), (COLUMN,)), 0)
+"""The axes of `surgery.sites` themselves, for any number of heads."""
+
+
 def letters(name: str, equation: str | None, first: Tensor, second: Tensor) -> tuple[str, str, str]:
     """The axes of a product of two tensors and its result as letters: equal letters are equal axes."""
     if equation is not None:

@@ -102,23 +102,39 @@ class _State:
         record = self.recording
         record.calls += 1
         record.arrived = None if record.give is None else value
-        record.core = {"mask": attention_mask, "kwargs": kwargs}
+        record.core = {**record.core, "mask": attention_mask, "kwargs": kwargs}
         for name, tensor in (("q", query), ("k", key), ("v", value)):
-            record.shapes[name] = tuple(tensor.shape)
-            record.note(name, tensor)
-            if isinstance(tensor, Labelled):
-                record.labels[name] = tensor.labels[0, :, -1].clone()
+            self._note(name, tensor)
         batch, heads, queries, _ = query.shape
-        width = value.shape[-1]
-        labels = (torch.arange(heads * width).view(heads, width) + Z * BASE).expand(batch, queries, heads, width)
-        plain = value.as_subclass(Tensor)
-        return Labelled.make(plain.new_ones(batch, queries, heads, width), labels.contiguous()), None
+        z = self._z(value.as_subclass(Tensor).new_ones(batch, heads, queries, value.shape[-1]))
+        return z.transpose(1, 2).contiguous(), None
 
-    def spot(self, site: str, tensor: Tensor) -> Tensor:
-        """A point in the code of an inline attention."""
-        if site == "v":
-            self.recording.arrived = self.recording.family.inline.layouts[site].to_standard(tensor)
+    def spot(self, site: str, tensor: Any, layout: Any = None) -> Any:
+        """A point of a forward that a patch writes out. Between those of q, k, v and that of z no labels are needed."""
+        layout = self.recording.family.inline.layouts[site] if layout is None else layout
+        if self.recording.give is not None:  # numbers, and no labels
+            self.recording.arrived = layout.to_standard(tensor) if site == "v" else self.recording.arrived
+            return tensor
+        if site == "z":
+            self.recording.calls = 1
+            return layout.from_standard(self._z(layout.to_standard(tensor)), tensor)
+        if site in ("rot_q", "rot_k", "v"):
+            self._note(site[-1], layout.to_standard(tensor))
+            return tree_map(lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t, tensor)
         return tensor
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        record = self.recording
+        record.shapes[name] = tuple(tensor.shape)
+        record.note(name, tensor)
+        if isinstance(tensor, Labelled):
+            record.labels[name] = tensor.labels[0, :, -1].clone()
+
+    def _z(self, like: Tensor) -> Labelled:
+        """(batch, head, query, d_head), with labels of its own."""
+        heads, width = like.shape[1], like.shape[3]
+        labels = torch.arange(heads * width).view(heads, 1, width) + Z * BASE
+        return Labelled.make(like.as_subclass(Tensor), labels.expand(like.shape).contiguous())
 
     def fused(
         self, kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
@@ -186,7 +202,8 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
     for form in plain_forms(module):
         recording = Recording(family, form=form)
         try:
-            output = run_on_stubs(module, "", recording, family, arguments_for(module, family, is_cross, form))
+            recording.core["arguments"] = arguments_for(module, family, is_cross, form)
+            output = run_on_stubs(module, "", recording, family, recording.core["arguments"])
         except Exception as error:  # of whatever kind a foreign forward raises for angles that it does not take
             failures.append((len(recording.leads), error.with_traceback(None)))  # whose frames would keep every tensor
             continue

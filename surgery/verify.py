@@ -62,9 +62,9 @@ class _Seer:
         self.layouts = layouts
         self.seen: dict[str, tuple[int, ...]] = {}
 
-    def spot(self, site: str, tensor: torch.Tensor) -> torch.Tensor:
+    def spot(self, site: str, tensor: Any, layout: Any = None) -> Any:
         """A point."""
-        self.seen[site] = tuple(self.layouts[site].to_standard(tensor).shape)
+        self.seen[site] = tuple((layout or self.layouts[site]).to_standard(tensor).shape)
         return tensor
 
     def inner(self, module: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ ORDER = [
     "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut
     "surgery.labels", "surgery.layout", "surgery.source", "surgery.steps", "surgery.witness", "surgery.arguments",
-    "surgery.evaluation", "surgery.record", "surgery.interface", "surgery.inline", "surgery.addresses", "surgery.anatomy",
+    "surgery.evaluation", "surgery.record", "surgery.inline", "surgery.interface", "surgery.addresses", "surgery.anatomy",
     "surgery.derive",
     "surgery.reconstruction", "surgery.trace", "surgery.rewrite", "surgery.samples", "surgery.verify", "surgery.masks",
     "surgery.cache",                                                                                      # a model

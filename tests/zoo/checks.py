@@ -282,7 +282,7 @@ def _describe(anatomy: Anatomy, outcome: Outcome) -> None:
 def how(attention: Attention) -> str:
     """Where the reconstruction of an attention comes from, in words."""
     family = attention.family
-    if family.inline is not None:
+    if family.inline is not None and not family.eager.__module__.startswith("patches"):
         return "its own code"
     if family.eager.__module__.startswith("transformers"):
         return "its eager function"

@@ -22,7 +22,4 @@ REFUSED: dict[str, dict[str, str]] = {
     "prophetnet": {
         "ProphetNetNgramSelfAttention": "a forward that cannot be recorded (ValueError: `position_ids` are inco",
     },
-    "sew-d": {
-        "DisentangledSelfAttention": "a forward that cannot be recorded (TypeError: 'NoneType' object is not",
-    },
 }
