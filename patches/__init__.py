@@ -14,6 +14,7 @@ from patches import flint as flint
 from patches import gpt2 as gpt2
 from patches import gpt_neo as gpt_neo
 from patches import gptj as gptj
+from patches import longformer as longformer
 from patches import mpt as mpt
 from patches import sew_d as sew_d
 from patches import torch_multihead as torch_multihead

@@ -1,4 +1,4 @@
-"""SEW-D masks inside a softmax with a gradient of its own, which is written out here, so that scores are masked scores."""
+"""SEW-D masks within a softmax that has a gradient of its own; here it is written out, so that scores are masked scores."""
 
 from __future__ import annotations
 

@@ -299,9 +299,11 @@ def record_parent(parent: nn.Module, child: str, recording: Recording) -> Record
             return value
         return Labelled.make(torch.ones(value.shape, dtype=dtype, device=device), value.labels)
 
-    found.labels["output"] = _labels_of(
-        run_on_stubs(parent, "", found, None, arguments_for(parent, None, False, next(plain_forms(parent))), {child: attention})
-    )
+    form = next(plain_forms(parent))
+    if labels.dim() == 3:  # as long as what the attention gave: parents add their input to it
+        form = replace(form, batch=labels.shape[0], queries=labels.shape[1])
+    arguments = arguments_for(parent, None, False, form)
+    found.labels["output"] = _labels_of(run_on_stubs(parent, "", found, None, arguments, {child: attention}))
     return found
 
 
@@ -317,7 +319,9 @@ def run_on_stubs(
     _, device = type_of(module)
     devices = [] if device.type in ("cpu", "meta") else [device]
     # In training a forward would count these numbers in its batch norms; what draws all the same must not move the user's on.
-    with evaluating(module), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    # Nor must autocast, which stubs do not follow, mix the types of what they give with others.
+    plain = torch.autocast(device.type if devices else "cpu", enabled=False)
+    with evaluating(module), plain, torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         view = _view(module, prefix, recording, family, given or {})
         return type(view).forward(view, **arguments)
 

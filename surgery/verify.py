@@ -17,6 +17,7 @@ from surgery.layout import Layout
 from surgery.record import HOOKS
 from surgery.rewrite import Rewriter
 from surgery.samples import sample_arguments
+from surgery.sites import SITES
 
 
 def verify(attention: Attention) -> None:
@@ -64,7 +65,8 @@ class _Seer:
 
     def spot(self, site: str, tensor: Any, layout: Any = None) -> Any:
         """A point."""
-        self.seen[site] = tuple((layout or self.layouts[site]).to_standard(tensor).shape)
+        if SITES[site].where == "core":
+            self.seen[site] = tuple((layout or self.layouts[site]).to_standard(tensor).shape)
         return tensor
 
     def inner(self, module: nn.Module) -> nn.Module:

@@ -229,6 +229,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "led": {"attention_window": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
+    "longformer": {"attention_window": 4},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "mpnet": {"relative_attention_num_buckets": 32},
     "qwen4_exp_text": {

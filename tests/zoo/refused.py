@@ -4,14 +4,8 @@ REFUSED: dict[str, dict[str, str]] = {
     "grounding-dino": {
         "GroundingDinoBiMultiHeadAttention": "a second softmax over scores, at transformers.models.grounding_dino.mo",
     },
-    "led": {
-        "LEDEncoderSelfAttention": "a softmax over more than one product's entries, at transformers.models",
-    },
     "lilt": {
         "LiltSelfAttention": "a second softmax over scores, at transformers.models.lilt.modeling_lil",
-    },
-    "longformer": {
-        "LongformerSelfAttention": "a forward that cannot be recorded (AssertionError: Sequence length sho",
     },
     "mm-grounding-dino": {
         "MMGroundingDinoBiMultiHeadAttention": "a second softmax over scores, at transformers.models.mm_grounding_dino",
