@@ -70,6 +70,12 @@ def without_points(module: Any) -> Any:
     return getattr(module._surgery, "module", module)
 
 
+def needs_position(module: nn.Module, *sites: str) -> list[str]:
+    """Those of the sites that are cut by position: there it counts which number a query or a key has."""
+    surgery: Any = module._surgery
+    return [site for site in sites if any(operation.needs_position for operation in surgery.plan.of(site))]
+
+
 def refuse(module: nn.Module, found: str, expected: str, do: str) -> NoReturn:
     """Raises SurgeryError: what a patched module cannot do in this forward."""
     surgery: Any = module._surgery

@@ -299,7 +299,7 @@ def record_parent(parent: nn.Module, child: str, recording: Recording) -> Record
             return value
         return Labelled.make(torch.ones(value.shape, dtype=dtype, device=device), value.labels)
 
-    form = next(plain_forms(parent))
+    form, labels = next(plain_forms(parent)), recording.labels["output"]
     if labels.dim() == 3:  # as long as what the attention gave: parents add their input to it
         form = replace(form, batch=labels.shape[0], queries=labels.shape[1])
     arguments = arguments_for(parent, None, False, form)

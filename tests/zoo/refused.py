@@ -13,7 +13,4 @@ REFUSED: dict[str, dict[str, str]] = {
     "pegasus_x": {
         "PegasusXGlobalLocalAttention": "a second softmax over scores, at transformers.models.pegasus_x.modelin",
     },
-    "prophetnet": {
-        "ProphetNetNgramSelfAttention": "a forward that cannot be recorded (ValueError: `position_ids` are inco",
-    },
 }
