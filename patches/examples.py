@@ -24,6 +24,23 @@ def _pairs(states: Tensor, *lead: int) -> Tensor:
     return states.new_zeros(*lead, states.shape[1], states.shape[1])
 
 
+@register_example(
+    *_models("big_bird.BigBirdBlockSparseAttention", "bigbird_pegasus.BigBirdPegasusBlockSparseAttention"),
+)
+def blocks(module: Any, states: Tensor) -> dict[str, Any]:
+    """As many as its random ones need. It has several softmaxes, and is refused for that, not for what it is given."""
+    size, count = module.block_size, 2 * module.num_random_blocks + 6
+    blocked = states.new_ones(1, count, size)
+    return {
+        "hidden_states": states.new_ones(1, count * size, states.shape[-1]),
+        "band_mask": states.new_ones(1, 1, count - 4, size, 3 * size),
+        "from_mask": states.new_ones(1, 1, count * size, 1),
+        "to_mask": states.new_ones(1, 1, 1, count * size),
+        "from_blocked_mask": blocked,
+        "to_blocked_mask": blocked,
+    }
+
+
 @register_example(*_models("cpmant.CpmAntAttention"))
 def keys_and_bias(module: Any, states: Tensor) -> dict[str, Any]:
     bias = _pairs(states, module.num_heads)

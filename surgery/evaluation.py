@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,3 +35,14 @@ def keeping_buffers(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 buffer.copy_(numbers)
             m._buffers[name] = buffer
+
+
+@contextmanager
+def keeping_random(devices: list[torch.device]) -> Iterator[None]:
+    """The random numbers of torch (of the CPU and these devices) and of numpy are after the block where they were."""
+    state = np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+            yield
+    finally:
+        np.random.set_state(state)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, remember, type_of
 from surgery.configs import config_view
-from surgery.evaluation import evaluating
+from surgery.evaluation import evaluating, keeping_random
 from surgery.family import Family, is_pointwise, is_projection, projection_width
 from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
 from surgery.source import n_returned
@@ -323,10 +323,10 @@ def run_on_stubs(
     """The output of a module's forward whose projections, and those of its parts, are stubs. given: members to replace."""
     _, device = type_of(module)
     devices = [] if device.type in ("cpu", "meta") else [device]
-    # In training a forward would count these numbers in its batch norms; what draws all the same must not move the user's on.
-    # Nor must autocast, which stubs do not follow, mix the types of what they give with others.
+    # In training a forward would count these numbers in its batch norms; what draws all the same must not move the user's on,
+    # nor what seeds numpy. Nor must autocast, which stubs do not follow, mix the types of what they give with others.
     plain = torch.autocast(device.type if devices else "cpu", enabled=False)
-    with evaluating(module), plain, torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    with evaluating(module), plain, keeping_random(devices):
         view = _view(module, prefix, recording, family, given or {})
         return type(view).forward(view, **arguments)
 
