@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, autograd, nn
 
 IMPLEMENTATION = "attention_surgery"
 """The name under which a patched module sees its own attention implementation. No model's config ever holds it."""
@@ -225,12 +225,15 @@ def _is_softmax(name: str) -> bool:
 
 
 def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    """The functions of the same package that a function names, and those that these name."""
+    """The functions of the same package that a function names, and those that these name; of autograd functions the forward."""
     package, seen, left = function.__module__.partition(".")[0], {function}, [function]
     while left:
         caller = left.pop()
         for name in caller.__code__.co_names:
-            helper = inspect.unwrap(found) if callable(found := caller.__globals__.get(name)) else None
+            found = caller.__globals__.get(name)
+            if isinstance(found, type) and issubclass(found, autograd.Function):
+                found = found.forward
+            helper = inspect.unwrap(found) if callable(found) else None
             if not isinstance(helper, types.FunctionType) or helper in seen:
                 continue
             if helper.__module__.partition(".")[0] == package:
