@@ -18,4 +18,5 @@ from patches import longformer as longformer
 from patches import mpt as mpt
 from patches import prophetnet as prophetnet
 from patches import sew_d as sew_d
+from patches import streams as streams
 from patches import torch_multihead as torch_multihead

@@ -49,12 +49,14 @@ def _stack_names(prefixes: list[str]) -> dict[str, str]:
     return names
 
 
+_CROSS = ("encoder_attn", "encdecattention", "fusion_layer")
+
+
 def _is_cross(path: str, module: nn.Module) -> bool:
     """Whether an attention reads another sequence: by its own flag, or by the name that its block gives it."""
     flag = getattr(module, "is_cross_attention", None)
     if isinstance(flag, bool) and flag:
         return True
     tail = path.lower().rsplit(".", 3)[-3:]
-    return (
-        any("cross" in part or part in ("encoder_attn", "encdecattention") for part in tail) or "Cross" in type(module).__name__
-    )
+    is_named = any("cross" in part or part in _CROSS for part in tail)
+    return is_named or "Cross" in type(module).__name__

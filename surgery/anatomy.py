@@ -89,6 +89,12 @@ class Attention:
             groups[self.projections[site].path if known else site].append(site if known else f"({site})")
         return " | ".join("+".join(sites) for sites in groups.values())
 
+    @property
+    def beside(self) -> str:
+        """What else of the kind the module computes, which stays as it is; "" if nothing."""
+        step = getattr(self.recording.witness, "second", None)
+        return "" if step is None else f"{self.path!r} ({self.class_name}): its softmax over scores at {step.place}"
+
     def beyond(self, heads: Any) -> list[str]:
         """Why there are not all of these heads; empty if there are."""
         missing = [] if heads == "all" else [head for head in heads if head >= self.heads]

@@ -109,6 +109,28 @@ def example_of(module: nn.Module, states: Tensor) -> dict[str, Any]:
     return {} if example is None else example(module, states)
 
 
+_SOFTMAXES: dict[str, int] = {}
+
+
+def register_softmax(number: int, *classes: str) -> None:
+    """Of inline classes with several softmaxes over scores: which of them, counted from 0 as they run, is the attention.
+
+    The others stay as the class has them; `inspect_model` says so. Classes and errors as in `register_patch`.
+    """
+    for name in classes:
+        if _SOFTMAXES.setdefault(name, number) != number:
+            raise ValueError(f"register_softmax: {name} is registered with softmax {_SOFTMAXES[name]} already")
+
+
+def softmax_of(module: nn.Module) -> int | None:
+    """The number of the softmax that is registered for a module's class."""
+    load_patches()
+    own: Any = type(module)
+    return next(
+        (_SOFTMAXES[name] for cls in own.__mro__ if (name := f"{cls.__module__}.{cls.__qualname__}") in _SOFTMAXES), None
+    )
+
+
 @functools.cache
 def load_patches() -> tuple[str, ...]:
     """Imports every module of the entry point group, and `patches` of a checkout that is not installed."""

@@ -43,9 +43,14 @@ class Inspection:
     """The rows of `inspect_model`. `print` shows a table; `.rows`, `.as_dicts()` and `.to_frame()` are the data."""
 
     def __init__(
-        self, model_class: str, rows: tuple[Row, ...], unsupported: tuple[str, ...], others: tuple[str, ...] = ()
+        self,
+        model_class: str,
+        rows: tuple[Row, ...],
+        unsupported: tuple[str, ...],
+        others: tuple[str, ...] = (),
+        beside: tuple[str, ...] = (),
     ) -> None:
-        self.model_class, self.rows, self.unsupported, self.others = model_class, rows, unsupported, others
+        self.model_class, self.rows, self.unsupported, self.others, self.beside = model_class, rows, unsupported, others, beside
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -92,6 +97,8 @@ class Inspection:
         console.print(self.table())
         for line in self.unsupported:
             console.print(f"left as it is: {line}")
+        for line in self.beside:
+            console.print(f"not patched beside the attention: {line}")
         for line in self.others:
             console.print(f"no softmax attention: {line}")
         return console.file.getvalue()  # type: ignore[attr-defined]
@@ -116,7 +123,8 @@ def inspect_model(model: nn.Module, *, strict: bool = False) -> Inspection:
     anatomy = anatomy_of(model, strict)
     is_patched = session_of(model) is not None
     rows = tuple(_row(attention, is_patched) for attention in anatomy)
-    return Inspection(anatomy.model_class, rows, anatomy.unsupported, anatomy.others)
+    beside = tuple(attention.beside for attention in anatomy if attention.beside)
+    return Inspection(anatomy.model_class, rows, anatomy.unsupported, anatomy.others, beside)
 
 
 def _row(attention: Attention, is_patched: bool) -> Row:

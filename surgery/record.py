@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, remember, type_of
 from surgery.configs import config_view
 from surgery.evaluation import evaluating, keeping_random
-from surgery.family import Family, is_pointwise, is_projection, projection_width
+from surgery.family import Family, is_pointwise, is_projection, projection_width, softmax_of
 from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
 from surgery.source import n_returned
 from surgery.steps import Defeat
@@ -275,7 +275,8 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
 
 def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording, inner: Collection[type]) -> Any:
     """One run before a witness, which must have seen the core whole."""
-    recording.witness = Witness(getattr(type(module), "_surgery_base", type(module)), recording.projections, inner)
+    base = getattr(type(module), "_surgery_base", type(module))
+    recording.witness = Witness(base, recording.projections, inner, softmax_of(module))
     arguments = recording.core["arguments"] = arguments_for(module, None, is_cross, form)
     recording.core["given"] = {name: getattr(value, "shape", value is None) for name, value in arguments.items()}
     output = run_on_stubs(module, "", recording, None, arguments)

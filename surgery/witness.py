@@ -24,10 +24,11 @@ class Witness:
     """Sees every function of one run (`surgery.labels.Watcher`), and finds the core in them.
 
     view: the class of the object whose forward runs; projections: names of the owners of channels, in their order; inner:
-    classes of modules within, whose code may hold points, too.
+    classes of modules within, whose code may hold points, too; chosen: which softmax over scores is the attention, if there
+    are several.
     """
 
-    def __init__(self, view: type, projections: list[str], inner: Iterable[type] = ()) -> None:
+    def __init__(self, view: type, projections: list[str], inner: Iterable[type] = (), chosen: int | None = None) -> None:
         self.methods, self.names = owned_functions(view), method_names(view)
         self.inner = {code: f for cls in inner for code, f in owned_functions(cls).items() if code not in self.methods}
         self.projections, self.weights = projections, list[str]()
@@ -40,6 +41,7 @@ class Witness:
         self.main: Product | None = None
         self.values: Product | None = None
         self.fused: Step | None = None
+        self.chosen, self.n_softmaxes = chosen, 0
         self.second: Step | None = None
         self.lost: Step | None = None
         self.normed: Step | None = None
@@ -136,8 +138,10 @@ class Witness:
         out.labels = channels + start + self.projections.index(name) * BASE
 
     def _normed(self, step: Step, scores: Labelled, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.softmax is not None:
+        self.n_softmaxes += 1
+        if self.n_softmaxes - 1 != (self.chosen or 0):
             self.second = self.second or step
+            out.labels = torch.full(out.shape, -1)
             return
         self.softmax = step
         dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
@@ -267,7 +271,7 @@ class Witness:
 
     def check(self) -> None:
         """Raises Defeat if the core was not seen whole."""
-        if self.second is not None:
+        if self.second is not None and self.chosen is None:
             raise Defeat("a second softmax over scores", self.second.place)
         if self.fused is not None and self.softmax is not None:
             raise Defeat("a fused kernel beside a softmax over scores", self.fused.place)

@@ -25,9 +25,20 @@ from remote import styles
 from remote.styles import D_MODEL, FUSED, HEADS, REACH, WIDTH, WRITTEN_OUT
 from torch import Tensor, nn
 
-from surgery import Edit, Freeze, NoMatchError, UnsupportedArchitectureError, capture, find_anatomy, patch_model, unpatch_model
+from surgery import (
+    Edit,
+    Freeze,
+    NoMatchError,
+    UnsupportedArchitectureError,
+    capture,
+    find_anatomy,
+    inspect_model,
+    patch_model,
+    unpatch_model,
+)
 from surgery.classes import SurgicalAttention
 from surgery.errors import SurgeryError
+from surgery.family import register_softmax
 from surgery.layout import BATCH, COLUMN, HEAD, ROW, Layout
 from surgery.sites import CORE_SITES, SITES
 
@@ -557,6 +568,65 @@ def test_an_interface_that_is_called_twice_is_refused() -> None:
     model.model.layers[1].self_attn.__class__ = Twice
     with pytest.raises(UnsupportedArchitectureError, match=r"layers\.1\.self_attn' \(TwiceAttention\).*function 2 times"):
         patch_model(model)
+
+
+# -- several softmaxes ---------------------------------------------------------------------------------------------------------
+
+
+class BothWays(styles.Attention):
+    """Keys read the queries, too, by the same product: the softmax that runs first."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = self.qkv_by_head(hidden_states)
+        scores = query @ key.mT * self.scale
+        back = torch.softmax(scores.mT, dim=-1) @ query
+        return self.merge(torch.softmax(scores, dim=-1) @ value), back
+
+
+class Undeclared(BothWays):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(hidden_states)
+
+
+register_softmax(1, f"{__name__}.BothWays")
+
+
+def test_of_several_softmaxes_the_registered_one_is_the_attention() -> None:
+    model, x = build(BothWays), states()
+    layer = copy.deepcopy(model["layer"])
+    output, back = model["layer"](x)
+    patch_model(model)
+    assert torch.equal(model["layer"](x)[0], output)
+    for site in SITES:
+        patch_model(model, Edit(site, "scale", 0.5, heads=[2]))
+        found = model["layer"](x)
+        wanted = by_hand(layer, x, None, {site: halved(2)})["output"]
+        torch.testing.assert_close(found[0], wanted, **CLOSE)
+        # What is cut of q and k acts in both; the rest of the other way stays as it is.
+        assert torch.equal(found[1], back) is (site not in ("q", "k", "rot_q", "rot_k")), site
+    with capture(model, ["pattern"]) as run:
+        model["layer"](x)
+    torch.testing.assert_close(run["self.0", "pattern"], by_hand(layer, x)["pattern"], **CLOSE)
+
+
+def test_what_is_beside_the_attention_is_named() -> None:
+    text = " ".join(str(inspect_model(build(BothWays))).split())
+    assert "not patched beside the attention: 'layer' (BothWays): its softmax over scores at" in text
+    assert "torch.softmax(scores.mT, dim=-1)" in text
+    assert "not patched beside" not in str(inspect_model(build(styles.Matmul)))
+
+
+def test_several_softmaxes_are_refused_unless_one_is_registered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(find_anatomy(build(Undeclared))) == 1
+    monkeypatch.setattr("surgery.family._SOFTMAXES", {})
+    with pytest.raises(UnsupportedArchitectureError, match=r"'layer' \(Undeclared\): found a second softmax over scores"):
+        find_anatomy(build(Undeclared))
+    register_softmax(0, "package.Class")
+    register_softmax(0, "package.Class")
+    with pytest.raises(ValueError, match=r"register_softmax: package\.Class is registered with softmax 0 already"):
+        register_softmax(1, "package.Class")
 
 
 # -- rewriting -----------------------------------------------------------------------------------------------------------------

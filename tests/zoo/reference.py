@@ -56,6 +56,15 @@ _NOT_BY_HOOKS = {
 }
 
 
+# The greatest score of all heads is subtracted from each, so that a cut of one head changes how others' scores round.
+_SHIFTED_TOGETHER = {"GroundingDinoBiMultiHeadAttention", "MMGroundingDinoBiMultiHeadAttention"}
+
+
+def rounds_with_others(module: nn.Module) -> bool:
+    """Whether a head's pattern depends on other heads' scores in its last bits."""
+    return any(cls.__name__ in _SHIFTED_TOGETHER for cls in type(module).__mro__)
+
+
 class NoReference(Exception):
     """The hooks do not apply to a module, for the reason given."""
 
