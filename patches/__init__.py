@@ -16,6 +16,7 @@ from patches import gpt_neo as gpt_neo
 from patches import gptj as gptj
 from patches import longformer as longformer
 from patches import mpt as mpt
+from patches import pegasus_x as pegasus_x
 from patches import prophetnet as prophetnet
 from patches import sew_d as sew_d
 from patches import streams as streams

@@ -93,7 +93,8 @@ class Attention:
     def beside(self) -> str:
         """What else of the kind the module computes, which stays as it is; "" if nothing."""
         step = getattr(self.recording.witness, "second", None)
-        return "" if step is None else f"{self.path!r} ({self.class_name}): its softmax over scores at {step.place}"
+        what = getattr(self.family.inline, "beside", "") if step is None else f"its softmax over scores at {step.place}"
+        return what and f"{self.path!r} ({self.class_name}): {what}"
 
     def beyond(self, heads: Any) -> list[str]:
         """Why there are not all of these heads; empty if there are."""

@@ -185,6 +185,9 @@ def _derive_output(model: nn.Module, attention: Attention) -> None:
     if not is_projection(model.get_submodule(".".join(part for part in (owner, name) if part))):
         attention.why["o"] = f"{name}, which reads z, is no map of the last axis (a convolution)"
         return
+    if name in recording.without_z:
+        attention.why["o"] = f"{name}, which reads z, reads something else in the same forward, too"
+        return
     if not recording.ends_in(name):
         attention.why["o"] = f"{name}, which reads z, is not the last map before the output"
         return

@@ -36,7 +36,7 @@ class Inline:
     """A rewritten inline attention: methods by name, the layout of each core site, and the new source to read.
 
     is_fused: it calls torch's fused kernel; before: sites whose point is not at the kernel but before it, as the mask is made
-    of them, too.
+    of them, too. beside: what else of the kind the class computes, which stays as it is, in words.
     """
 
     methods: Mapping[str, Callable[..., Any]]
@@ -44,6 +44,7 @@ class Inline:
     code: str
     is_fused: bool = False
     before: frozenset[str] = frozenset()
+    beside: str = ""
 
 
 def record_inline(module: nn.Module, is_cross: bool) -> Recording:

@@ -12,7 +12,7 @@ from transformers.modeling_utils import AttentionInterface
 from surgery.errors import SurgeryError, describe
 from surgery.family import IMPLEMENTATION, Family
 from surgery.inline import Inline
-from surgery.layout import STANDARD
+from surgery.layout import BATCH, COLUMN, HEAD, ROW, STANDARD, Layout
 from surgery.sites import SITES
 
 
@@ -55,14 +55,28 @@ def point(module: nn.Module, site: str, tensor: Any, arrangement: Arrangement | 
     return surgery.spot(site, tensor, arrangement)
 
 
-def written_out(forward: Callable[..., Any]) -> Family:
-    """The family of a class whose forward a patch writes out, with `point` at rot_q, rot_k, scores, pattern, v and z.
+_ROLES = {"b": BATCH, "h": HEAD, "r": ROW, "c": COLUMN}
 
-    It must compute what the class's own does, bit for bit: `patch_model` compares them on random numbers.
+
+def arranged(axes: str, heads: int) -> Arrangement:
+    """The arrangement of a tensor whose axes are those of `surgery.sites` in another order, or several of them together.
+
+    axes: b batch (windows and blocks are others), h head, r row (query or key), c column (key or channel), two letters for an
+    axis that holds both, the outer first: "bh r c".
     """
-    layouts = dict.fromkeys(SITES, STANDARD)
-    inline = Inline({"forward": forward}, layouts, inspect.getsource(forward))
-    return Family(forward, members=inline.methods, kernels={}, inline=inline)
+    return Layout(tuple(tuple(_ROLES[letter] for letter in axis) for axis in axes.split()), heads)
+
+
+def written_out(*methods: Callable[..., Any], beside: str = "") -> Family:
+    """The family of a class of which a patch writes methods out, with `point` at rot_q, rot_k, scores, pattern, v and z.
+
+    methods: the forward or parts of it, by their own names. They must compute what the class's own do, bit for bit:
+    `patch_model` compares the forwards on random numbers. beside: what else of the kind the class computes, which stays as
+    it is, in words.
+    """
+    code = "\n\n".join(inspect.getsource(method) for method in methods)
+    inline = Inline({method.__name__: method for method in methods}, dict.fromkeys(SITES, STANDARD), code, beside=beside)
+    return Family(methods[0], members=inline.methods, kernels={}, inline=inline)
 
 
 def without_points(module: Any) -> Any:

@@ -23,9 +23,10 @@ from surgery.configs import config_view
 from surgery.evaluation import evaluating, keeping_random
 from surgery.family import Family, is_pointwise, is_projection, projection_width, softmax_of
 from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
+from surgery.layout import STANDARD
 from surgery.source import n_returned
 from surgery.steps import Defeat
-from surgery.witness import Witness
+from surgery.witness import Witness, z_labels
 
 Give = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
 """The output of a stub: of a projection's name, and of a shape, type and device."""
@@ -38,7 +39,8 @@ class Recording:
     projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
     changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned),
     or may have: on the meta device nothing is seen. form: of the arguments that the forward took.
-    leads: the axes before the channels, by projection. returned: what the forward gave.
+    leads: the axes before the channels, by projection. without_z: the projections that read something else than z.
+    returned: what the forward gave.
     give: what stubs give in place of labelled ones; arrived: the core's v, kept in such a run.
     output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     """
@@ -52,6 +54,7 @@ class Recording:
     inputs: dict[str, str] = field(default_factory=dict)
     leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
+    without_z: set[str] = field(default_factory=set)
     calls: int = 0
     returned: Any = None
     witness: Any = None
@@ -132,9 +135,7 @@ class _State:
 
     def _z(self, like: Tensor) -> Labelled:
         """(batch, head, query, d_head), with labels of its own."""
-        heads, width = like.shape[1], like.shape[3]
-        labels = torch.arange(heads * width).view(heads, 1, width) + Z * BASE
-        return Labelled.make(like.as_subclass(Tensor), labels.expand(like.shape).contiguous())
+        return Labelled.make(like.as_subclass(Tensor), z_labels(STANDARD, like))
 
     def fused(
         self, kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
@@ -173,8 +174,10 @@ class _Stub:
         record = self.recording
         if isinstance(x, Labelled) and bool((x.labels >= Z * BASE).any()):
             record.output = (self.name, (x.labels.reshape(-1, x.shape[-1])[-1] - Z * BASE).clone())
-        elif isinstance(x, Labelled) and 0 <= owner_of(x.labels) < WEIGHT:
-            record.inputs[self.name] = record.owner(int(x.labels.max()))
+        else:
+            record.without_z.add(self.name)
+            if isinstance(x, Labelled) and 0 <= owner_of(x.labels) < WEIGHT:
+                record.inputs[self.name] = record.owner(int(x.labels.max()))
         if self.name not in record.projections:
             record.projections.append(self.name)
         owner = record.projections.index(self.name)

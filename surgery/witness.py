@@ -233,12 +233,9 @@ class Witness:
         self._label_z(out, f"{shared}qe")
 
     def _label_z(self, out: Labelled, axes: str) -> None:
-        z = self.layouts["z"] = Layout(tuple(self.roles[c] for c in axes), self.heads)
+        self.layouts["z"] = Layout(tuple(self.roles[c] for c in axes), self.heads)
         self.tensors["z"] = out
-        plain = out.as_subclass(Tensor)
-        shape = z.to_standard(plain).shape
-        numbers = torch.arange(self.heads * shape[-1]).view(1, self.heads, 1, shape[-1]).expand(shape)
-        out.labels = z.from_standard(numbers, plain) + Z * BASE
+        out.labels = z_labels(self.layouts["z"], out)
 
     def _weighted(self, product: Product, owners: list[int]) -> None:
         """At the product of pattern and v: the layouts of v and z, and z's labels."""
@@ -307,6 +304,14 @@ class Witness:
             if step is None or isinstance(step, Product) or not step.given:
                 return
             tensor = step.given[0]
+
+
+def z_labels(layout: Layout, z: Tensor) -> Tensor:
+    """The labels of z: which entry of which head each is."""
+    plain = z.as_subclass(Tensor)
+    shape = layout.to_standard(plain).shape
+    numbers = torch.arange(shape[1] * shape[-1]).view(1, shape[1], 1, shape[-1]).expand(shape)
+    return layout.from_standard(numbers, plain) + Z * BASE
 
 
 def _offset(weight: Any) -> int:

@@ -14,9 +14,19 @@ from families import FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH, PADDING, WINDOW
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
+from transformers.models.pegasus_x.modeling_pegasus_x import PegasusXGlobalLocalAttention
 
-from surgery import Edit, UnsupportedArchitectureError, capture, find_anatomy, patch_model, unpatch_model
-from surgery.sites import SITES
+from surgery import (
+    Edit,
+    SpecError,
+    UnsupportedArchitectureError,
+    capture,
+    find_anatomy,
+    inspect_model,
+    patch_model,
+    unpatch_model,
+)
+from surgery.sites import CORE_SITES, SITES
 
 NAMES = (
     "gptj", "codegen", "gpt_neo", "falcon_multi_query", "falcon_grouped", "falcon_alibi", "bloom", "mpt", "gpt2_reordered",
@@ -318,3 +328,91 @@ def test_the_classes_that_run_flash_attention_inline_are_refused() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"transformer\.h\.0\.attn.*GPTJFlashAttention2"):
         patch_model(model)
     assert [a.address for a in find_anatomy(model, strict=False)] == ["self.1"]
+
+
+# -- points that are written by hand ---------------------------------------------------------------------------------------
+
+BLOCK, BLOCKS, GLOBALS, WIDTH = 4, 3, 2, 32
+
+
+def block_local() -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """One attention over blocks and global tokens, and what it reads: tokens, global tokens, an additive mask."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": PegasusXGlobalLocalAttention(WIDTH, HEADS, BLOCK)}).eval()
+    mask = torch.zeros(2, BLOCK * BLOCKS)
+    mask[0, -3:] = torch.finfo(torch.float32).min
+    return model, (torch.randn(2, BLOCK * BLOCKS, WIDTH), torch.randn(2, GLOBALS, WIDTH), mask)
+
+
+def by_blocks(layer: Any, given: tuple[Tensor, Tensor, Tensor], site: str = "") -> dict[str, Tensor]:
+    """The sites of the tokens' attention, (batch * block, head, ..), and the module's output, block by block; head 1 halved
+    at a site."""
+    tokens, others, mask = given
+    d = WIDTH // HEADS
+    seen: dict[str, list[Tensor]] = {}
+
+    def at(name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        if name == site:
+            tensor[1] *= 0.5
+        seen.setdefault(name, []).append(tensor)
+        return tensor
+
+    outputs = []
+    for row in range(len(tokens)):
+        for number in range(BLOCKS):
+            block = slice(number * BLOCK, (number + 1) * BLOCK)
+            keys = torch.cat([others[row], tokens[row, block]])
+            q, k, v = (
+                projection(states).view(len(states), HEADS, d).transpose(0, 1)
+                for projection, states in ((layer.q_proj, tokens[row, block]), (layer.k_proj, keys), (layer.v_proj, keys))
+            )
+            q, k, v = at("rot_q", q * d**-0.5), at("rot_k", k), at("v", v)
+            added = torch.cat([torch.zeros(GLOBALS), mask[row, block]])
+            pattern = at("pattern", at("scores", q @ k.mT + added).softmax(-1))
+            outputs.append(at("z", pattern @ v).transpose(0, 1).flatten(1))
+    found = {name: torch.stack(parts) for name, parts in seen.items()}
+    return {**found, "output": layer.out_proj(torch.stack(outputs).view(len(tokens), -1, WIDTH))}
+
+
+@torch.no_grad()
+def test_joined_keys_of_blocks_are_the_formula() -> None:
+    model, given = block_local()
+    layer = model["layer"]
+    tokens, others, weights = layer(*given)
+    patch_model(model)
+    assert all(torch.equal(a, b) for a, b in zip(layer(*given)[:2], (tokens, others), strict=True))
+    with capture(model, CORE_SITES) as run:
+        found = layer(*given)
+    assert torch.equal(found[0], tokens) and torch.equal(found[1], others)
+    assert all(torch.equal(found[2][name], weights[name]) for name in weights)
+    expected = by_blocks(layer, given)
+    # The formula multiplies block by block, and sums values of both kinds of keys at once.
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+    for site in CORE_SITES:
+        torch.testing.assert_close(run["self.0", site], expected[site], **close)
+        patch_model(model, Edit(site, "scale", 0.5, heads=[1]))  # type: ignore[arg-type]
+        cut = layer(*given)
+        torch.testing.assert_close(cut[0], by_blocks(layer, given, site)["output"], **close)
+        assert not torch.allclose(cut[0], tokens, atol=1e-4), site
+        assert torch.equal(cut[1], others), "the global tokens' attention stays as it is"
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other["layer"](*given)[0], cut[0])
+    unpatch_model(model)
+    assert type(layer) is PegasusXGlobalLocalAttention and torch.equal(layer(*given)[0], tokens)
+
+
+def test_what_serves_two_attentions_is_said() -> None:
+    model, given = block_local()
+    attention = find_anatomy(model).attentions[0]
+    assert attention.why["o"] == "out_proj, which reads z, reads something else in the same forward, too"
+    with pytest.raises(SpecError, match="out_proj, which reads z, reads something else"):
+        patch_model(model, Edit("result", "zero"))
+    assert (
+        "not patched beside the attention: 'layer' (PegasusXGlobalLocalAttention): the attention of its global tokens"
+        in str(" ".join(str(inspect_model(model)).split()))
+    )
+    before = model["layer"](*given)
+    patch_model(model, Edit("q", "scale", 0.5, heads=[1]))
+    after = model["layer"](*given)
+    assert not torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])

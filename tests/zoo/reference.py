@@ -52,6 +52,7 @@ _BY_HEAD = {
 _NOT_BY_HOOKS = {
     "CodeGenAttention": "q, v and k lie in four blocks",
     "FalconAttention": "q, k and v are grouped",
+    "PegasusXGlobalLocalAttention": "its projections serve the attention of global tokens, too",
     "ConvBertSelfAttention": "q makes the kernels of a convolution, too",
 }
 
