@@ -1,11 +1,13 @@
 """DiffLlama calls attention twice, with one pattern and two halves of its values; here one call has values twice as wide.
 
 In the paper (Ye et al. 2024, equation 1) the values of a head have 2 d_head channels, too. Heads h and h + heads / 2 make a
-pair, whose difference, weighted by lambda, is normed before W_O: `z` is before that difference.
+pair, whose difference, weighted by lambda, is normed before W_O: `z` is before that difference. A fused kernel is still called
+twice, for in one call with wide values it would be another one with other roundings.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,8 +42,26 @@ def forward(
     return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+class Halves:
+    """The interface's kernels, called for each half of the values."""
+
+    def __init__(self, interface: Any) -> None:
+        self.interface = interface
+
+    def get_interface(self, implementation: str, eager: Any) -> Any:
+        kernel = self.interface.get_interface(implementation, eager)
+        return eager if kernel is eager else functools.partial(by_halves, kernel)
+
+
+def by_halves(
+    kernel: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    outputs = [kernel(module, query, key, half, attention_mask, **kwargs)[0] for half in value.chunk(2, dim=-1)]
+    return torch.cat(outputs, dim=-1), None
+
+
 @register_patch("transformers.models.diffllama.modeling_diffllama.DiffLlamaAttention")
 def describe(module: nn.Module, family: Family | None) -> Family | None:
     if family is None:
         return None  # the inline classes of older versions
-    return Family(family.eager, members={"forward": forward}, interface=family.interface)
+    return Family(family.eager, members={"forward": forward}, interface=Halves(family.interface))

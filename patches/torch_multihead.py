@@ -1,7 +1,7 @@
 """torch's own multi-head attention: the module, and classes that call its function with projections of their own.
 
-Asked for weights torch computes the matrix, by products over batch and heads as one axis; otherwise it runs its fused kernel.
-Its fast path for inference is left only where there are cuts or captures; its numbers then differ in the last bits.
+Asked for weights torch computes the matrix, by products over batch and heads as one axis, and so does its fast path for
+inference; otherwise it runs its fused kernel. The fast path is left where there are cuts or captures; the last bits may differ.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.family import Family, register_example, register_patch
-from surgery.interface import attend, implementation_of
+from surgery.interface import attend
 
 
 def eager(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, d_head: int = 1
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    d_head: int = 1,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """is_causal: never; the mask says it all, and the fused kernel, too, must hear that."""
     q, k = (query * math.sqrt(1.0 / d_head)).flatten(0, 1), key.flatten(0, 1).transpose(-2, -1)
     scores = torch.bmm(q, k) if attention_mask is None else torch.baddbmm(_whole(attention_mask, query), q, k)
     pattern = F.softmax(scores.unflatten(0, query.shape[:2]), dim=-1)
@@ -33,7 +41,7 @@ def _whole(mask: Tensor, query: Tensor) -> Tensor:
 
 
 def sdpa(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, d_head: int = 1
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0, **kwargs: Any
 ) -> tuple[Tensor, None]:
     output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
     return output.transpose(1, 2), None
@@ -52,7 +60,7 @@ def multihead(
     heads: int,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,
-    need_weights: bool,
+    needs_matrix: bool,
     dropout: float,
 ) -> tuple[Tensor, Any]:
     """query, key, value: projected, (position, batch, d_model). Returns z (position, batch, d_model) and weights."""
@@ -71,10 +79,24 @@ def multihead(
         mask = padding if mask is None else mask + padding
     if mask is not None:
         mask = mask.expand(batch, heads, length, key.shape[0])
-    kernel = "eager" if need_weights or implementation_of(module) == "eager" else "sdpa"
-    dropout = dropout if module.training else 0.0
-    z, weights = attend(module, q, k, v, mask, implementation=kernel, dropout=dropout, d_head=width // heads)
+    kernel, dropout = "eager" if needs_matrix else "sdpa", dropout if module.training else 0.0
+    z, weights = attend(module, q, k, v, mask, implementation=kernel, is_causal=False, dropout=dropout, d_head=width // heads)
     return z.transpose(0, 1).reshape(length, batch, -1), weights
+
+
+def _projected(self: Any, states: list[Tensor], is_self: bool, is_one_source: bool) -> tuple[Tensor, ...]:
+    """q, k and v, in one product where torch takes one: two products may be rounded otherwise."""
+    counts = (3,) if is_self and is_one_source else (1, 2) if is_one_source else (1, 1, 1)
+    if not self._qkv_same_embed_dim:
+        weights, counts = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight], (1, 1, 1)
+    else:
+        weights = list(self.in_proj_weight.split([self.embed_dim * count for count in counts]))
+    sizes = [self.embed_dim * count for count in counts]
+    biases = [None] * len(counts) if self.in_proj_bias is None else list(self.in_proj_bias.split(sizes))
+    found = []
+    for number, (count, weight, bias) in enumerate(zip(counts, weights, biases, strict=True)):
+        found += F.linear(states[number], weight, bias).chunk(count, dim=-1)
+    return tuple(found)
 
 
 def forward(
@@ -89,19 +111,16 @@ def forward(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     is_batched = query.dim() == 3
+    same = (query is key, key is value)
     states = [query, key, value]
     if not is_batched:
         states = [t.unsqueeze(1) for t in states]
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
     elif self.batch_first:
         states = [t.transpose(0, 1) for t in states]
-    if self._qkv_same_embed_dim:
-        weights = self.in_proj_weight.chunk(3)
-    else:
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-    biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(*one) for one in zip(states, weights, biases, strict=True))
-    z, pattern = multihead(self, q, k, v, self.num_heads, attn_mask, key_padding_mask, need_weights, self.dropout)
+    q, k, v = _projected(self, states, *same)
+    is_fast = self.batch_first and not (self.training or self.num_heads % 2 or torch.is_grad_enabled()) and all(same)
+    z, pattern = multihead(self, q, k, v, self.num_heads, attn_mask, key_padding_mask, need_weights or is_fast, self.dropout)
     output = self.out_proj(z)
     if pattern is not None and average_attn_weights:
         pattern = pattern.mean(dim=1)

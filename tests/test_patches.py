@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH, PADDING, WINDOW
 from torch import Tensor, nn
+from transformers import DiffLlamaConfig, DiffLlamaModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
 from transformers.models.pegasus_x.modeling_pegasus_x import PegasusXGlobalLocalAttention
@@ -416,3 +417,48 @@ def test_what_serves_two_attentions_is_said() -> None:
     patch_model(model, Edit("q", "scale", 0.5, heads=[1]))
     after = model["layer"](*given)
     assert not torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+
+
+# -- classes without a model of their own here ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_cross", [False, True])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("wants", [{"need_weights": False}, {"need_weights": True}])
+def test_torchs_attention_has_the_same_numbers_behind_its_points(
+    wants: dict[str, bool], is_padded: bool, is_masked: bool, is_cross: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": nn.MultiheadAttention(64, 2)}).eval()
+    x, y = torch.randn(7, 2, 64), torch.randn(5, 2, 64)
+    source = y if is_cross else x
+    keys = len(source)
+    options: dict[str, Any] = {
+        **wants,
+        "attn_mask": torch.ones(7, keys, dtype=torch.bool).triu(1) if is_masked else None,
+        "key_padding_mask": torch.arange(keys) >= torch.tensor([keys, keys - 1])[:, None] if is_padded else None,
+    }
+    expected = model["layer"](x, source, source, **options)
+    for sites in (["z"], ["rot_q", "rot_k", "v"], ["scores", "pattern", "result"]):
+        with capture(model, sites) as run:
+            found = model["layer"](x, source, source, **options)
+        assert torch.equal(found[0], expected[0])
+        if options["need_weights"]:
+            assert torch.equal(found[1], expected[1])
+        elif "pattern" in sites:
+            torch.testing.assert_close(run[0, "pattern"].sum(-1), torch.ones(2, 2, 7))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_diffllama_has_the_same_numbers_behind_its_points(implementation: str) -> None:
+    torch.manual_seed(0)
+    config = DiffLlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config._attn_implementation = implementation
+    model, tokens = DiffLlamaModel(config).eval(), torch.arange(22).view(2, 11)
+    expected = model(tokens).last_hidden_state
+    for site in (site for site in SITES if site != "result"):
+        with capture(model, [site]):
+            assert torch.equal(model(tokens).last_hidden_state, expected), site
