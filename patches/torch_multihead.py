@@ -93,7 +93,7 @@ def _projected(self: Any, states: list[Tensor], is_self: bool, is_one_source: bo
         weights = list(self.in_proj_weight.split([self.embed_dim * count for count in counts]))
     sizes = [self.embed_dim * count for count in counts]
     biases = [None] * len(counts) if self.in_proj_bias is None else list(self.in_proj_bias.split(sizes))
-    found = []
+    found: list[Tensor] = []
     for number, (count, weight, bias) in enumerate(zip(counts, weights, biases, strict=True)):
         found += F.linear(states[number], weight, bias).chunk(count, dim=-1)
     return tuple(found)

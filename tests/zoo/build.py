@@ -102,6 +102,10 @@ def build(model_type: str, implementation: str = "eager", seed: int = 0, dtype: 
     with torch.no_grad():
         _draw(model, seed, WEIGHT_SCALE.get(model_type, 1.0))
     model.tie_weights()
+    if implementation == "eager":  # which every class has; parts that a model makes itself may have chosen sdpa
+        for part in model.modules():
+            if isinstance(config := getattr(part, "config", None), PretrainedConfig):
+                _implement(config, implementation)
     return model.to(dtype).eval()
 
 

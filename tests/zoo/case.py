@@ -95,6 +95,11 @@ class Case:
             self.run()
             return {address for row in inspect_model(self.model) if row.runs for address in row.address.split(", ")}
 
+    def fused(self) -> list[str]:
+        """The classes that run a fused kernel with these settings."""
+        with self.patched():
+            return sorted({row.attention for row in inspect_model(self.model) if row.kernel not in ("eager", "its own code")})
+
     def running(self, anatomy: Anatomy) -> list[Attention]:
         """The attentions that run with the inputs of the case."""
         return [a for a in anatomy if self.ran.intersection(a.addresses)]

@@ -18,8 +18,8 @@ from surgery.errors import NoMatchError
 from surgery.sites import SITES
 from zoo.build import UNBUILDABLE, supports_sdpa
 from zoo.case import Case, seed, silenced
-from zoo.circuits import check_references
-from zoo.compare import flatten, unequal
+from zoo.circuits import CLOSE, check_references
+from zoo.compare import apart, flatten, unequal
 from zoo.derived import check_weights
 from zoo.outcome import Kind, NotApplicable, Outcome
 from zoo.points import check_capture, check_live
@@ -51,7 +51,14 @@ def check_kernel_eager(case: Case, anatomy: Anatomy, outcome: Outcome) -> None:
         if text := unequal(sdpa.run(), sdpa.before):
             outcome.fail("no cuts", f"sdpa: {text}")
     with sdpa.patched(kernel="eager"):
-        if text := unequal(sdpa.run(), case.before):
+        found = sdpa.run()
+        text = unequal(found, case.before)
+        if text and (fused := case.fused()):
+            # Such a class has no eager of its own to be equal to: what it computes by torch's kernel is written out here, and a
+            # kernel takes its sums in another order.
+            outcome.note(f"kernel eager to rounding: {', '.join(fused)} runs a fused kernel whatever the implementation")
+            text = apart(found, case.before, CLOSE)
+        if text:
             if reason := _EAGER_IS_ANOTHER.get(case.model_type):
                 raise NotApplicable(reason)
             if others:
