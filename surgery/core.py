@@ -217,7 +217,8 @@ class Surgery:
         """
         if site not in self.plan.sites and not (site == "scores" and self.edited_matrix_heads):
             return tensor
-        layout = self.family.inline.layouts[site] if layout is None else layout
+        inline = self.family.inline
+        layout = layout or inline.before.get(site) or inline.layouts[site]
         standard = layout.to_standard(tensor)
         if site == "scores":
             self.where.allowed = standard > _MASKED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery.family import Family
 from surgery.labels import PATTERN, Labelled
-from surgery.layout import Layout
+from surgery.layout import BATCH, HEAD, Layout
 from surgery.record import Recording, watch
 from surgery.source import (
     Kind,
@@ -36,14 +36,14 @@ class Inline:
     """A rewritten inline attention: methods by name, the layout of each core site, and the new source to read.
 
     is_fused: it calls torch's fused kernel; before: sites whose point is not at the kernel but before it, as the mask is made
-    of them, too. beside: what else of the kind the class computes, which stays as it is, in words.
+    of them, too, and their layouts there. beside: what else of the kind the class computes, which stays as it is, in words.
     """
 
     methods: Mapping[str, Callable[..., Any]]
     layouts: Mapping[str, Layout]
     code: str
     is_fused: bool = False
-    before: frozenset[str] = frozenset()
+    before: Mapping[str, Layout] = field(default_factory=dict)
     beside: str = ""
 
 
@@ -111,6 +111,7 @@ def make_inline(witness: Witness, *others: Witness) -> Inline:
         except Defeat:
             continue  # that branch is not rewritten: whoever comes to it is told that a point was never reached
         if other.layouts == witness.layouts:
+            witness.before |= other.before
             wraps += [one for one in more if one not in wraps]
     try:
         return _compile(wraps, witness)
@@ -147,9 +148,8 @@ def _compile(wraps: list[tuple[tuple[Place, ...], Wrap]], witness: Witness) -> I
             sources.append(source)
         return done[function]
 
-    before = frozenset(wrap.site for _, wrap in wraps if wrap.site) if witness.fused is not None else frozenset[str]()
     methods = {name: make(f) for f in {**by_function, **calls} for name in witness.names.get(f, ())}
-    return Inline(methods, dict(witness.layouts), "\n\n".join(sources), witness.fused is not None, before)
+    return Inline(methods, dict(witness.layouts), "\n\n".join(sources), witness.fused is not None, dict(witness.before))
 
 
 def _wraps(witness: Witness) -> list[tuple[tuple[Place, ...], Wrap]]:
@@ -224,18 +224,21 @@ def _shared(witness: Witness, site: str) -> tuple[tuple[Place, ...], Wrap] | Non
     if found is None or layout is None:
         reason = f"{site}, which several terms of the scores are made of and which is not one expression"
         raise Defeat(reason, (witness.main or witness.fused).place)  # type: ignore[union-attr]
-    if witness.fused is not None and layout != witness.layouts[site]:
-        raise Defeat(f"{site}, which the mask is made of, too, and which has other axes there", witness.fused.place)
-    witness.layouts[site] = layout
+    (witness.layouts if witness.fused is None else witness.before)[site] = layout
     return found
 
 
 def _layout_like(layout: Layout, factor: Labelled, tensor: Any) -> Layout | None:
-    """The layout of a tensor whose axes are those of a factor in another order; None if they are not."""
+    """The layout of a tensor whose axes are those of a factor in another order, or with batch and head as one; else None."""
     for order in itertools.permutations(range(factor.dim())) if tensor.dim() == factor.dim() else ():
         if tensor.permute(order).shape == factor.shape and torch.equal(tensor.labels.permute(order), factor.labels):
             axes = dict(zip(order, layout.axes, strict=True))
             return Layout(tuple(axes[n] for n in range(len(axes))), layout.heads)
+    for number in range(factor.dim() - 1) if tensor.dim() == factor.dim() - 1 else ():
+        both = layout.axes[number] + layout.axes[number + 1]
+        merged = factor.labels.flatten(number, number + 1)
+        if sorted(both) == [BATCH, HEAD] and merged.shape == tensor.shape and torch.equal(merged, tensor.labels):
+            return Layout((*layout.axes[:number], both, *layout.axes[number + 2 :]), layout.heads)
     return None
 
 

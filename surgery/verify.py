@@ -89,7 +89,7 @@ def _verify_inline(attention: Attention) -> None:
     generator = torch.Generator().manual_seed(0)
     arguments = {name: _random(value, generator) for name, value in recording.core["arguments"].items()}
     view: Any = object.__new__(type(base.__name__, (base,), dict(inline.methods)))
-    seer = _Seer(inline.layouts)
+    seer = _Seer({**inline.layouts, **inline.before})
     # Some forwards set an attribute: neither run may show it to the other, or to the module.
     states = [{**module.__dict__, "_surgery": seer}, dict(module.__dict__)]
     with torch.no_grad(), torch.random.fork_rng(), _without_hooks(module), keeping_buffers(module):

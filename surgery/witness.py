@@ -48,6 +48,7 @@ class Witness:
         self.normed_first = True
         self.drops: list[tuple[Labelled, Step]] = []
         self.layouts: dict[str, Layout] = {}
+        self.before: dict[str, Layout] = {}
         self.heads = 0
         self.tensors: dict[str, Tensor] = {}
 
