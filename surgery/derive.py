@@ -14,7 +14,7 @@ from surgery.errors import NoMatchError, UnsupportedArchitectureError, describe,
 from surgery.family import Family, computes_attention, find_family, is_projection
 from surgery.inline import record_inline
 from surgery.interface import attend as _registered  # noqa: F401 (importing it registers our implementation)
-from surgery.labels import BASE, WEIGHT
+from surgery.labels import BASE, WEIGHT, Z
 from surgery.record import record, record_parent
 from surgery.steps import Defeat
 
@@ -172,7 +172,7 @@ def _order(channels: Tensor) -> Tensor:
 def _derive_output(model: nn.Module, attention: Attention) -> None:
     recording, owner = attention.recording, attention.path
     parent, _, child = attention.path.rpartition(".")
-    if recording.output is None and recording.labels["output"].numel():
+    if recording.output is None and recording.reaches(Z):
         try:
             recording, owner = record_parent(model.get_submodule(parent), child, recording), parent
         except Exception as error:  # any failure of a foreign forward means the same: not derived

@@ -34,6 +34,9 @@ _STRUCTURAL = _names(
     "expand_as view_as reshape_as unfold t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
 )
 _SUMS = _names("add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
+_REDUCING = _names("mean sum amax")
+"""Over axes of one entry these are views."""
+
 _FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
 _MIXING = _names("linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d __matmul__ __rmatmul__")
 
@@ -104,6 +107,8 @@ class Labelled(Tensor):
             return Labelled.make(out, torch.nn.functional.pad(given[0].labels, sizes, value=-1))
         if name in _PAIRS:
             return Labelled.make(out, _PAIRS[name](args[0].labels))
+        if name in _REDUCING and isinstance(out, Tensor) and out.numel() == given[0].numel():
+            return Labelled.make(out, given[0].labels.reshape(out.shape))
         if name in _FRESH or name in _MIXING:
             return Labelled.make(out, torch.full(out.shape, -1))
         return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
@@ -140,6 +145,7 @@ def _hand_on(out: Any, given: list[Labelled], is_sum: bool) -> Any:
     if isinstance(out, Tensor):
         values = [source for source in given if not WEIGHT <= owner_of(source.labels) < SCORES]
         given = values or given  # a bias or a table beside values hands on nothing
+        given = sorted(given, key=lambda source: owner_of(source.labels) < Z)  # a gate that comes first leaves z what it is
         fitting = [source.labels for source in given if source.labels.shape == out.shape]
         if is_sum and len(fitting) > 1 and bool(((fitting[0] // BASE) != (fitting[1] // BASE)).any()):
             owners = [owner_of(labels) for labels in fitting]

@@ -9,6 +9,7 @@ this works for quantised, adapted, offloaded and meta modules alike.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -70,6 +71,10 @@ class Recording:
         plain = tensor.as_subclass(Tensor)
         if plain.is_meta or not bool((plain == 1).all()):
             self.changed.add(name)
+
+    def reaches(self, owner: int) -> bool:
+        """Whether anything of an owner is in what the forward returned."""
+        return bool((self.labels["output"] >= owner * BASE).any())
 
     def batch_axes(self, projection: str, site: str) -> int:
         """How many axes of a projection's input are the core's batch; 0 if positions come first, and the batch after them."""
@@ -217,9 +222,7 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
             continue
         if not recording.calls:
             raise RuntimeError("the forward did not reach the core")
-        recording.returned = output
-        recording.shapes["output"] = tuple(_first(output).shape)
-        recording.labels["output"] = _labels_of(output)
+        _note_output(recording, output)
         if recording.shapes["q"][2] > 1:
             return recording
         found = found or recording
@@ -270,9 +273,7 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
             # Padding, and rows taken from elsewhere, bear no labels.
             full = [n for n in range(labels.shape[1]) if not bool((labels[:, n] < 0).any())]
             recording.labels[site] = labels[:, full[-1] if full else -1].clone()
-    recording.returned = output
-    recording.shapes["output"] = tuple(_first(output).shape)
-    recording.labels["output"] = _labels_of(output)
+    _note_output(recording, output)
     return recording, [witness, *others]
 
 
@@ -296,8 +297,10 @@ def _furthest(failures: list[tuple[int, Exception]]) -> Exception:
 
 
 def record_parent(parent: nn.Module, child: str, recording: Recording) -> Recording:
-    """Continues in the parent of an attention that returns z itself: finds the output projection beside it."""
-    found = Recording(recording.family)
+    """Continues in the parent of an attention that returns z itself: finds the output projection beside it.
+
+    Raises what the parent's forward raised at first, if there is no form that it takes beside the attention's own.
+    """
     dtype, device = type_of(parent)
 
     def attention(*args: Any, **kwargs: Any) -> Any:
@@ -308,12 +311,28 @@ def record_parent(parent: nn.Module, child: str, recording: Recording) -> Record
             return value
         return Labelled.make(torch.ones(value.shape, dtype=dtype, device=device), value.labels)
 
-    form, labels = next(plain_forms(parent)), recording.labels["output"]
+    own, labels = recording.form, recording.labels["output"]
+    assert own is not None
     if labels.dim() == 3:  # as long as what the attention gave: parents add their input to it
-        form = replace(form, batch=labels.shape[0], queries=labels.shape[1])
-    arguments = arguments_for(parent, None, False, form)
-    found.labels["output"] = _labels_of(run_on_stubs(parent, "", found, None, arguments, {child: attention}))
-    return found
+        own = replace(own, batch=labels.shape[0], queries=labels.shape[1])
+    failures: list[Exception] = []
+    for others, mask in itertools.product(("nothing", "states"), ("nothing", "pairs", "additive", "positions")):
+        found = Recording(recording.family)
+        arguments = arguments_for(parent, None, False, replace(own, others=others, mask=mask))
+        try:
+            output = run_on_stubs(parent, "", found, None, arguments, {child: attention})
+        except Exception as error:  # of whatever kind a foreign forward raises for arguments that it does not take
+            failures.append(error.with_traceback(None))
+            continue
+        found.labels["output"] = _labels_of(output)
+        return found
+    raise failures[0]
+
+
+def _note_output(recording: Recording, output: Any) -> None:
+    recording.returned = output
+    recording.shapes["output"] = tuple(_first(output).shape)
+    recording.labels["output"] = _labels_of(output)
 
 
 def _labels_of(output: Any) -> Tensor:
