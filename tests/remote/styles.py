@@ -490,9 +490,27 @@ class FusedGrouped(Attention):
         return self.merge(z)
 
 
+class FusedRelative(Relative):
+    """The mask is made of q, too, where batch and heads are one axis."""
+
+    def forward(self, hidden_states, attention_mask=None, is_causal=False):
+        batch, length, _ = hidden_states.shape
+        query, key, value = self.qkv_by_head(hidden_states)
+        query = query.reshape(batch * HEADS, length, WIDTH)
+        far = torch.einsum("nqd,qkd->nqk", query, self.far(length)).view(batch, HEADS, length, length) * self.scale
+        query = query.view(batch, HEADS, length, WIDTH)
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            far = far.masked_fill(~attention_mask, -torch.inf)
+        elif attention_mask is not None:
+            far = far + attention_mask
+        if is_causal:
+            far = far + torch.full((length, length), -torch.inf).triu(1)
+        return self.merge(F.scaled_dot_product_attention(query, key, value, attn_mask=far))
+
+
 WRITTEN_OUT = (
     Matmul, Operators, BatchTimesHead, HeadMajor, SequenceFirst, Blocks, KeysFirst, MultiQuery, Added, AddedMethod, Methods,
     SoftmaxModule, Keywords, EinsumList, Helper, HelperInHelper, Static, Aliased, Inherited, Extended, Decorated, Enclosed,
     Unbound, Relative, UnboundRelative, Dropped, Branches, Pairs, Within,
 )  # fmt: skip
-FUSED = (Fused, FusedFlat, FusedGrouped)
+FUSED = (Fused, FusedFlat, FusedGrouped, FusedRelative)
