@@ -202,7 +202,7 @@ def forward(
     return (output, weights, of_rows) if rows else (output, weights)
 
 
-LONGFORMER = written_out(forward)
+LONGFORMER = written_out({"forward": forward})
 NAMES = (
     "transformers.models.longformer.modeling_longformer.LongformerSelfAttention",
     "transformers.models.led.modeling_led.LEDEncoderSelfAttention",

@@ -63,7 +63,10 @@ def one_block(module: Any, states: Tensor) -> dict[str, Any]:
     }
 
 
-PEGASUS_X = written_out(compute_local_attention_representations, beside="the attention of its global tokens")
+PEGASUS_X = written_out(
+    {"compute_local_attention_representations": compute_local_attention_representations},
+    beside="the attention of its global tokens",
+)
 
 
 @register_patch(CLASS)

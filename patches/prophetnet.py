@@ -100,7 +100,7 @@ def _check_positions(self: Any, has_past: bool) -> None:
         )
 
 
-PROPHETNET = written_out(forward)
+PROPHETNET = written_out({"forward": forward})
 NAME = "transformers.models.prophetnet.modeling_prophetnet.ProphetNetNgramSelfAttention"
 
 

@@ -48,7 +48,7 @@ def forward(
     return z.transpose(1, 2).flatten(2), weights
 
 
-SEW_D = written_out(forward)
+SEW_D = written_out({"forward": forward})
 NAME = "transformers.models.sew_d.modeling_sew_d.DisentangledSelfAttention"
 
 

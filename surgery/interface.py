@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
@@ -67,16 +67,16 @@ def arranged(axes: str, heads: int) -> Arrangement:
     return Layout(tuple(tuple(_ROLES[letter] for letter in axis) for axis in axes.split()), heads)
 
 
-def written_out(*methods: Callable[..., Any], beside: str = "") -> Family:
+def written_out(methods: Mapping[str, Callable[..., Any]], beside: str = "") -> Family:
     """The family of a class of which a patch writes methods out, with `point` at rot_q, rot_k, scores, pattern, v and z.
 
-    methods: the forward or parts of it, by their own names. They must compute what the class's own do, bit for bit:
+    methods: the forward, or a method that it calls, by name. They must compute what the class's own do, bit for bit:
     `patch_model` compares the forwards on random numbers. beside: what else of the kind the class computes, which stays as
     it is, in words.
     """
-    code = "\n\n".join(inspect.getsource(method) for method in methods)
-    inline = Inline({method.__name__: method for method in methods}, dict.fromkeys(SITES, STANDARD), code, beside=beside)
-    return Family(methods[0], members=inline.methods, kernels={}, inline=inline)
+    code = "\n\n".join(inspect.getsource(method) for method in methods.values())
+    inline = Inline(methods, dict.fromkeys(SITES, STANDARD), code, beside=beside)
+    return Family(next(iter(methods.values())), members=methods, kernels={}, inline=inline)
 
 
 def without_points(module: Any) -> Any:

@@ -41,9 +41,9 @@ class Recording:
     changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned),
     or may have: on the meta device nothing is seen. form: of the arguments that the forward took.
     leads: the axes before the channels, by projection. without_z: the projections that read something else than z.
+    output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     returned: what the forward gave.
     give: what stubs give in place of labelled ones; arrived: the core's v, kept in such a run.
-    output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     """
 
     family: Family
@@ -208,7 +208,7 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
     """Runs a module's forward on stubs. Whatever the forward raises comes through.
 
     A forward that takes the positions that it is given for something else (one more axis of the batch) comes to its core
-    with one position: such a run counts only where no other form gives more.
+    with a batch of them and one position each: such a run counts only where no other form gives another.
     """
     failures: list[tuple[int, Exception]] = []
     found: Recording | None = None
@@ -223,7 +223,8 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
         if not recording.calls:
             raise RuntimeError("the forward did not reach the core")
         _note_output(recording, output)
-        if recording.shapes["q"][2] > 1:
+        batch, _, positions, _ = recording.shapes["q"]
+        if positions > 1 or batch <= form.batch:
             return recording
         found = found or recording
     if found is None:

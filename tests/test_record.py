@@ -116,3 +116,120 @@ def test_patching_runs_nothing_of_the_users_and_draws_no_random_numbers() -> Non
             pass
         assert torch.equal(torch.get_rng_state(), before)
         assert not calls
+
+
+class Gated(Attention):
+    """The gate comes first, so that its channels are met before z's."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL))
+        self.gate = nn.Linear(D_MODEL, D_MODEL)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None) -> Tensor:
+        shape = (*hidden_states.shape[:-1], HEADS, D_HEAD)
+        q, k, v = (self.heads(p(hidden_states), shape) for p in (self.q, self.k, self.v))
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        z, _ = attend(self, q, k, v, attention_mask)
+        return self.o((self.gate(hidden_states).view(shape).sigmoid() * z).reshape(hidden_states.shape))
+
+
+def test_z_behind_a_gate_that_comes_first_is_z() -> None:
+    model = nn.ModuleDict({"attention": Gated()})
+    attention = find_anatomy(model).attentions[0]
+    assert attention.projections["o"].path == "attention.o"
+    x = torch.randn(2, 6, D_MODEL)
+    with capture(model, "result") as run:
+        output = model["attention"](x)
+    torch.testing.assert_close(run[0, "result"].sum(1) + model["attention"].o.bias, output)
+
+
+class Pooling(Attention):
+    """One query, whose axis is averaged away."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None) -> Tensor:
+        shape = (hidden_states.shape[0], -1, HEADS, D_HEAD)
+        q = self.heads(self.q(hidden_states[:, :1]), shape)
+        k, v = (self.heads(p(hidden_states), shape) for p in (self.k, self.v))
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        z, _ = attend(self, q, k, v, attention_mask)
+        return self.o(z.flatten(2).mean(dim=1))
+
+
+def test_the_mean_of_one_entry_is_a_view() -> None:
+    model = nn.ModuleDict({"attention": Pooling(nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL))})
+    attention = find_anatomy(model).attentions[0]
+    assert torch.equal(attention.projections["o"].channels, torch.arange(D_MODEL).view(HEADS, D_HEAD))
+
+
+class Bare(Attention):
+    """Returns z, in one of several containers, and projects nothing."""
+
+    container: Callable[[Tensor], Any] = staticmethod(lambda z: z)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None) -> Any:
+        shape = (*hidden_states.shape[:-1], HEADS, D_HEAD)
+        q, k, v = (self.heads(p(hidden_states), shape) for p in (self.q, self.k, self.v))
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        z, _ = attend(self, q, k, v, attention_mask)
+        return self.container(z.reshape(hidden_states.shape))
+
+
+class Around(nn.Module):
+    """Projects what the attention returned, and adds what its caller must give."""
+
+    def __init__(self, container: Any, taken: Any) -> None:
+        super().__init__()
+        self.attention = Bare(nn.Linear(D_MODEL, D_MODEL), nn.Identity())
+        self.attention.container = container
+        self.output, self.taken = nn.Linear(D_MODEL, D_MODEL), taken
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return self.output(self.taken(self.attention(hidden_states))) + 0 * residual.sum()
+
+
+CONTAINERS: dict[str, tuple[Any, Any]] = {
+    "none": (lambda z: z, lambda output: output),
+    "a tuple of one": (lambda z: (z,), lambda output: output[0]),
+    "a tuple of three": (lambda z: (z, None, None), lambda output: next(part for part in output if part is not None)),
+    "a dictionary": (lambda z: {"context": z}, lambda output: output["context"]),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_projection_beside_the_attention_is_found_however_z_is_returned(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": Around(*CONTAINERS[name])})
+    attention = find_anatomy(model).attentions[0]
+    assert attention.projections["o"].path == "layer.output"
+    x = torch.randn(2, 6, D_MODEL)
+    with capture(model, "result") as run:
+        output = model["layer"](x, x)
+    torch.testing.assert_close(run[0, "result"].sum(1) + model["layer"].output.bias, output)
+
+
+class Points(Attention):
+    """The second axis counts points, each with a sequence of its own; given a sequence alone it counts that as points."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None) -> Tensor:
+        batch, points = hidden_states.shape[:2]
+        shape = (batch * points, -1, HEADS, D_HEAD)
+        q, k, v = (self.heads(p(hidden_states), shape) for p in (self.q, self.k, self.v))
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        z, _ = attend(self, q, k, v, attention_mask)
+        return self.o(z.reshape(hidden_states.shape))
+
+
+def test_one_more_axis_of_the_batch_is_seen_as_such() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": Points(nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL))})
+    layer, x = model["attention"], torch.randn(2, 3, 5, D_MODEL)
+    assert {place.batch_axes for place in find_anatomy(model).attentions[0].projections.values()} == {2}
+    output = layer(x)
+    with capture(model, ["q", "result", "pattern"], detach=True) as run:
+        assert torch.equal(layer(x), output)
+    assert torch.equal(run[0, "q"], layer.q(x).reshape(6, 5, HEADS, D_HEAD).transpose(1, 2))
+    torch.testing.assert_close(run[0, "result"].sum(1).view(2, 3, 5, D_MODEL) + layer.o.bias, output)
+    with capture(patch_model(model, Edit("q", "scale", value=-1.0, heads=[1])), "pattern", detach=True) as cut:
+        layer(x)
+    changed = (cut[0, "pattern"] != run[0, "pattern"]).flatten(2).any(dim=-1).any(dim=0)
+    assert changed.tolist() == [False, True, False]

@@ -92,7 +92,7 @@ def describe(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
     def register(forward: Any) -> None:
         name = f"{FoldedAttention.__module__}.{FoldedAttention.__qualname__}"
-        family = written_out(forward)
+        family = written_out({"forward": forward})
         monkeypatch.setitem(_PATCHES, name, lambda module, found: family)
 
     return register
