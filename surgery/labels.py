@@ -33,6 +33,8 @@ _STRUCTURAL = _names(
     "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
     "expand_as view_as reshape_as unfold t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
 )
+_RESHAPED = _names("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_")
+"""Those that give a tensor other axes in place."""
 _SUMS = _names("add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
 _REDUCING = _names("mean sum amax")
 """Over axes of one entry these are views."""
@@ -95,6 +97,12 @@ class Labelled(Tensor):
     @staticmethod
     def _run(func: Any, name: str, args: Any, kwargs: Any, given: list[Labelled]) -> Any:
         """The function's result, and its labels."""
+        if name in _RESHAPED:
+            labels = args[0].labels.detach()  # an object of its own, for others may have the same labels
+            func(args[0], *args[1:], **kwargs)
+            func(labels, *args[1:], **kwargs)
+            args[0].labels = labels
+            return Labelled.make(args[0].as_subclass(Tensor), labels)
         device = given[0].device if given else None
         plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
         out = func(*plain[0], **plain[1])

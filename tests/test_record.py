@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery import Edit, PatchError, SpecError, capture, find_anatomy, patch_model
+from surgery.labels import Labelled
 
 HEADS, D_HEAD, D_MODEL = 3, 4, 12
 
@@ -233,3 +234,14 @@ def test_one_more_axis_of_the_batch_is_seen_as_such() -> None:
         layer(x)
     changed = (cut[0, "pattern"] != run[0, "pattern"]).flatten(2).any(dim=-1).any(dim=0)
     assert changed.tolist() == [False, True, False]
+
+
+def test_labels_follow_axes_that_are_changed_in_place() -> None:
+    """Of the tensor itself, and of no other that has the same labels."""
+    one = Labelled.make(torch.ones(2, 3), torch.arange(6).view(2, 3))
+    other = Labelled.make(torch.ones(2, 3), one.labels)
+    out = one.unsqueeze_(1)
+    assert one.shape == out.shape == one.labels.shape == out.labels.shape == (2, 1, 3)
+    one.transpose_(0, 2)
+    assert one.shape == one.labels.shape == (3, 1, 2) and one.labels[2, 0].tolist() == [2, 5]
+    assert other.shape == other.labels.shape == (2, 3)
