@@ -80,6 +80,7 @@ def offsets(cache: Cache, module: nn.Module, is_cross: bool, queries: int) -> tu
     queries: how many the call has. Returns the absolute position of its first query and of its first key, and how many
     positions will have keys (None for cross-attention). A sliding cache drops its oldest keys, so its first key is not
     position 0; the decoder's self-attention of a layer has already counted the queries of its cross-attention.
+    Raises CacheError for a cross-attention with more queries than the decoder has positions: rows of several streams.
     """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     layer = layer_of(module)
@@ -90,5 +91,14 @@ def offsets(cache: Cache, module: nn.Module, is_cross: bool, queries: int) -> tu
     # A static cache counts in place.
     first = first.clone() if isinstance(first, Tensor) else first
     if is_cross:
+        if isinstance(first, int) and first < queries:
+            raise CacheError(
+                describe(
+                    f"a cross-attention ({type(module).__name__}) with a KV cache",
+                    f"{queries} queries, of {first} positions in several streams, and cuts that depend on the position",
+                    "one query a position: rows of other streams have other numbers in each step",
+                    "Run without a cache (use_cache=False), or cut at all positions alike.",
+                )
+            )
         return first - queries, 0, None
     return first, own.get_mask_sizes(1, seen)[1], first + queries

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import ProphetNetConfig, ProphetNetForConditionalGeneration
 
-from surgery import Edit, Freeze, SurgeryError, capture, find_anatomy, patched
+from surgery import CacheError, Edit, Freeze, SurgeryError, capture, find_anatomy, patched
 from surgery.sites import SITES
 
 HEADS, STREAMS, LENGTH = 4, 3, 6
@@ -228,3 +228,16 @@ def test_what_depends_on_the_number_of_a_key_is_refused_with_a_cache(site: str) 
         with pytest.raises(SurgeryError) as caught:
             step_by_step(model())
     assert f"cuts at {site} that depend on the position" in str(caught.value) and "use_cache=False" in str(caught.value)
+
+
+def test_cuts_by_position_in_the_cross_attention_of_streams_need_the_whole_sequence() -> None:
+    """There every stream has a row for each position: no number of a row is the same in every step."""
+    one, given = model(), inputs()
+    with patched(one, Edit("rot_q", "noise", heads=[0], layers=["decoder.cross.*"])):
+        one(**given, use_cache=False)
+        with pytest.raises(CacheError, match=r"18 queries, of 6 positions in several streams.*use_cache=False"):
+            one(**given, use_cache=True)
+    with torch.no_grad():
+        plain = one(**given, use_cache=True).logits
+        with patched(one, Freeze("qk", heads=[0], layers=["decoder.cross.*"])):
+            assert not torch.equal(one(**given, use_cache=True).logits, plain)
