@@ -23,23 +23,23 @@ def find_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cache | None:
     return None
 
 
-def layer_of(module: nn.Module) -> int:
-    """The layer number under which a module keeps its keys and values."""
+def layer_of(module: nn.Module, layer: int = 0) -> int:
+    """The number under which a module keeps its keys and values: by the names in use, or else that of its own layer."""
     for name in ("layer_idx", "layer_id"):
         value = getattr(module, name, None)
         if isinstance(value, int):
             return value
-    return 0
+    return layer
 
 
-def check_cache(cache: Cache, fingerprint: str, module: nn.Module, path: str, is_cross: bool = False) -> None:
+def check_cache(cache: Cache, fingerprint: str, layer: int, path: str, is_cross: bool = False) -> None:
     """Marks an empty cache with a spec's fingerprint. Raises CacheError for one that was filled under another spec."""
     # A few families hand the parts of such a cache to their modules, and the whole to others.
     parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
     stamp = next((s for c in (cache, *parts) if (s := getattr(c, STAMP, ""))), "")
     if stamp == fingerprint:
         return
-    filled = _length(parts[1] if parts and is_cross else cache, layer_of(module))
+    filled = _length(parts[1] if parts and is_cross else cache, layer)
     if isinstance(filled, Tensor) and torch.compiler.is_compiling():
         filled = 0  # a compiled graph cannot read it: a static cache without our mark is taken for an empty one
     if bool(filled > 0):
@@ -63,42 +63,53 @@ def _length(cache: Cache, layer: int) -> Any:
         return 0
 
 
-def is_updated(cache: Cache | None, module: nn.Module) -> bool:
-    """Whether a cross-attention will read its keys and values from the cache, without projecting them again."""
-    return isinstance(cache, EncoderDecoderCache) and bool(cache.is_updated.get(layer_of(module)))
+def is_updated(cache: Cache | None, layer: int) -> bool:
+    """Whether a cross-attention may read its keys and values from the cache, without projecting them again."""
+    if isinstance(cache, EncoderDecoderCache):
+        return bool(cache.is_updated.get(layer))
+    return cache is not None and (torch.compiler.is_compiling() or bool(_length(cache, layer) > 0))
 
 
-def n_queries(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """The number of queries of a forward: the length of its hidden states, (batch, query, d_model)."""
-    states = kwargs.get("hidden_states", args[0] if args else None)
-    return states.shape[1] if isinstance(states, Tensor) else 0
+def n_queries(args: Sequence[Any], kwargs: Mapping[str, Any], axis: int = 1) -> int:
+    """The number of queries of a forward, from its hidden states, whatever their name: the first tensor of three axes.
+
+    axis: of the positions, 0 in modules that take (query, batch, d_model).
+    """
+    named = [kwargs[name] for name in ("hidden_states", "query") if name in kwargs]
+    states = next((x for x in (*named, *args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 3), None)
+    return 0 if states is None else states.shape[axis]
 
 
-def offsets(cache: Cache, module: nn.Module, is_cross: bool, queries: int) -> tuple[Any, Any, Any]:
+def offsets(cache: Cache, layer: int, is_cross: bool, queries: int, path: str = "") -> tuple[Any, Any, Any]:
     """Where a call is, read before the cache takes its keys in.
 
-    queries: how many the call has. Returns the absolute position of its first query and of its first key, and how many
-    positions will have keys (None for cross-attention). A sliding cache drops its oldest keys, so its first key is not
-    position 0; the decoder's self-attention of a layer has already counted the queries of its cross-attention.
-    Raises CacheError for a cross-attention with more queries than the decoder has positions: rows of several streams.
+    queries: how many the call has. path: of the module, if what it does depends on the position.
+    Returns the absolute position of its first query and of its first key, and how many positions will have keys (None for
+    cross-attention). A sliding cache drops its oldest keys, so its first key is not position 0: None if the keys end where
+    the queries do, as in every cache that grows. A decoder's self-attention
+    (of the same layer; of the first where cross-attention keeps keys of its own in the same cache) has counted the queries
+    of a cross-attention already. Raises CacheError for more queries than it has counted, if a path is given.
     """
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    layer = layer_of(module)
+    layer = 0 if is_cross and own is cache else layer
     try:
         first, seen = own.get_seq_length(layer), layer
     except ValueError:  # this layer reads the keys of another, which has counted the queries
         first, seen = own.get_seq_length() - queries, 0
     # A static cache counts in place.
     first = first.clone() if isinstance(first, Tensor) else first
-    if is_cross:
-        if isinstance(first, int) and first < queries:
-            raise CacheError(
-                describe(
-                    f"a cross-attention ({type(module).__name__}) with a KV cache",
-                    f"{queries} queries, of {first} positions in several streams, and cuts that depend on the position",
-                    "one query a position: rows of other streams have other numbers in each step",
-                    "Run without a cache (use_cache=False), or cut at all positions alike.",
-                )
-            )
+    if not is_cross:
+        is_static = isinstance(first, Tensor) or (seen < len(own.layers) and own.layers[seen].is_compileable)
+        return first, own.get_mask_sizes(1, seen)[1] if is_static else None, first + queries
+    if isinstance(first, Tensor) and torch.compiler.is_compiling():
         return first - queries, 0, None
-    return first, own.get_mask_sizes(1, seen)[1], first + queries
+    if path and bool(first < queries):
+        raise CacheError(
+            describe(
+                f"{path!r} with a KV cache",
+                f"{queries} queries where the decoder has counted {int(first)} positions, and cuts that depend on the position",
+                "one query for each position: rows of several streams, for one, have other numbers in each step",
+                "Run without a cache (use_cache=False), or cut at all positions alike.",
+            )
+        )
+    return max(first - queries, first * 0), 0, None

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from surgery.anatomy import Anatomy, grouped
 from surgery.errors import NoMatchError, SpecError, closest, describe, listing
 from surgery.fields import listed
 from surgery.patch import Kernel, anatomy_of, probed
-from surgery.plan import Probe
+from surgery.plan import Probe, outermost_call
 from surgery.reference import Entry, Reference
 from surgery.sites import SITES
 from surgery.spec import Edit
@@ -32,6 +33,8 @@ class Run:
         self._anatomy, self._detach, self._keep = anatomy, detach, keep
         self._steps: dict[tuple[str, str], list[Tensor]] = {(address, site): [] for address, site, _ in wanted}
         self._where: dict[tuple[str, str], Where] = {}
+        self._calls: dict[tuple[str, str], Any] = {}
+        self._times: dict[tuple[str, str], int] = {}
         self._heads = {(address, site): heads for address, site, heads in wanted}
 
     def _take(self, key: tuple[str, str], tensor: Tensor, where: Where) -> None:
@@ -39,6 +42,10 @@ class Run:
             self._steps[key].clear()
         self._steps[key].append(tensor.detach() if self._detach else tensor)
         self._where[key] = where
+        if not torch.compiler.is_compiling():
+            call = outermost_call()
+            self._times[key] = self._times.get(key, 0) + 1 if call is not None and call is self._calls.get(key) else 1
+            self._calls[key] = call
 
     def __getitem__(self, key: tuple[str | int, str]) -> Tensor:
         """(batch, head, .., ..). Raises NoMatchError if that was not asked for, or has not run."""
@@ -89,7 +96,8 @@ class Run:
     def reference(self) -> Reference:
         """The last forward's activations as replacement values for another run.
 
-        Raises SpecError if that forward was a step with a KV cache, so that its first position is not the sequence's first.
+        Raises SpecError if that forward was a step with a KV cache, so that its first position is not the sequence's first, or
+        came to a site several times.
         """
         if not len(self):
             raise SpecError(
@@ -104,6 +112,15 @@ class Run:
                     f"{where} captured from position {offset} on, in a step with a KV cache",
                     "activations of the whole sequence",
                     "Capture one forward without a cache: model(**inputs, use_cache=False).",
+                )
+            )
+        if several := [f"{a} {s}: {n}" for (a, s), n in self._times.items() if n > 1]:
+            raise SpecError(
+                describe(
+                    "Run.reference",
+                    f"several tensors of one forward ({', '.join(several)})",
+                    "one: a cut would put the last of them into all",
+                    "Such an attention computes parts one after another, or layers share it. Cut a site that it comes to once.",
                 )
             )
         entries = {key: self._entry(key, tensor.detach()) for key, tensor in self.items()}
@@ -176,5 +193,8 @@ def capture(
     probes: dict[str, list[Probe]] = {}
     for address, site, numbers in wanted:
         probes.setdefault(address, []).append(Probe(site, numbers, functools.partial(run._take, (address, site))))
-    with probed(model, probes, kernel, strict):
-        yield run
+    try:
+        with probed(model, probes, kernel, strict):
+            yield run
+    finally:
+        run._calls.clear()  # they hold the inputs

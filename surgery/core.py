@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.anatomy import Attention
-from surgery.cache import check_cache, find_cache, is_updated, n_queries, offsets
+from surgery.cache import check_cache, find_cache, is_updated, layer_of, n_queries, offsets
 from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
 from surgery.inline import Inline, record_inline
-from surgery.plan import Plan, Probe, Session
+from surgery.plan import Plan, Probe, Session, model_call
 from surgery.reconstruction import Reconstruction
 from surgery.record import has_hooks
 from surgery.rewrite import Rewriter
 from surgery.samples import plain, sample_arguments
 from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
+from surgery.source import method_names
 from surgery.unfused import Call, mask_of, with_matrix
 from surgery.where import Where
 
@@ -39,6 +41,8 @@ class Surgery:
             {name: attention.recording.shapes[name] for name in "qkv"},
             plain(attention.recording.core.get("kwargs", {})),
         )
+        self.layer = attention.layer
+        self.query_axis = 0 if "q" in attention.projections and attention.projections["q"].batch_axes == 0 else 1
         self.family: Family = attention.family
         self.taps: dict[str, Any] = {}
         self.set_plan(Plan())
@@ -53,9 +57,13 @@ class Surgery:
         self.result_heads = plan.heads_at(("result",), self.heads)
         self.edited_result_heads = plan.heads_at(("result",), self.heads, probes=False)
         self.edits_kv = bool(plan.of("rot_k") or plan.of("v"))
-        self.needs_position = bool(plan.probes) or any(o.needs_position for site in plan.operations.values() for o in site)
+        self.cuts_by_position = any(o.needs_position for site in plan.operations.values() for o in site)
+        self.needs_position = bool(plan.probes) or self.cuts_by_position
         own = {site for tap in self.taps.values() for site in tap.sites}
         self.expected = {site for site in plan.sites if SITES[site].where == "core" or site in own}
+        if self.family is not None and self.family.inline is not None and not self.family.inline.is_fused:
+            # Another branch of the forward may have projections of its own, of which these points know nothing.
+            self.expected |= {f"rot_{site}" for site in ("q", "k") if site in plan.sites}
         self.detach()
 
     def detach(self) -> None:
@@ -67,12 +75,14 @@ class Surgery:
         self.config: Any = None
         self.config_view: Any = None
         self.where = Where()
+        self.queries = 0
+        self.call: tuple[Any, Any] = (None, None)
         self.reached: set[str] = set()
         self.awaited: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view")
-        return {**self.__dict__, **dict.fromkeys(names), "where": Where(), "reached": set()}
+        return {**self.__dict__, **dict.fromkeys(names), "where": Where(), "call": (None, None), "reached": set()}
 
     def attach(self, module: nn.Module, ungrouped: Any) -> None:
         """Takes the live module, and its view without head groups; whoever calls sets the view that its forward runs on."""
@@ -124,15 +134,23 @@ class Surgery:
     def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Before the family's forward: checks the KV cache, and reads from it where in the sequence this call is."""
         if (cache := find_cache(args, kwargs)) is not None:
-            check_cache(cache, self.session.spec.fingerprint(), self.module, self.path, self.is_cross)
+            layer = layer_of(self.module, self.layer)
+            check_cache(cache, self.session.spec.fingerprint(), layer, self.path, self.is_cross)
         if not self.is_idle:
             self.reached = set()
-            self.awaited = self.expected - {"k"} if self.is_cross and is_updated(cache, self.module) else self.expected
+            is_filled = self.is_cross and cache is not None and is_updated(cache, layer)
+            self.awaited = self.expected - {"k"} if is_filled else self.expected
             self.where = Where(is_cross=self.is_cross)
             if cache is not None and self.needs_position:
                 self._check_joined()
-                queries, keys, filled = offsets(cache, self.module, self.is_cross, n_queries(args, kwargs))
-                self.where = Where(queries, keys, None, self.is_cross, filled)
+                self.queries = n_queries(args, kwargs, self.query_axis)
+                path = self.path if self.cuts_by_position else ""
+                found = offsets(cache, layer, self.is_cross, self.queries, path)
+                call = None if torch.compiler.is_compiling() else model_call()
+                if call is not None and call is self.call[0]:
+                    found = self.call[1]  # again in one forward of the model, whose keys may lie in another layer by now
+                self.call = (call, found)
+                self.where = Where(found[0], found[1], None, self.is_cross, found[2])
 
     def _check_joined(self) -> None:
         """Raises CacheError for cuts by the position of keys that are joined from several sequences, where a cache grows."""
@@ -183,6 +201,7 @@ class Surgery:
             self._check_paged()
         if implementation is None or self.plan.reconstruct:
             implementation = self.implementation
+        self._place_keys(query.shape[2], key.shape[2])
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
             return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups), done)
         query = query if "rot_q" in done else self.at("rot_q", query)
@@ -216,10 +235,22 @@ class Surgery:
         layout: of this tensor; None: that of the site.
         """
         if site not in self.plan.sites and not (site == "scores" and self.edited_matrix_heads):
+            self.reached.add(site)
             return tensor
         inline = self.family.inline
+        if site in self.reached and not inline.is_written:
+            raise SurgeryError(
+                describe(
+                    f"{self.path!r}",
+                    f"a forward that came to {site} a second time, in a loop over parts of the sequence",
+                    "once, as when it was recorded: the positions of parts are not those of the sequence",
+                    "Cut or capture another site, give shorter inputs, or describe the class in patches/.",
+                )
+            )
         layout = layout or inline.before.get(site) or inline.layouts[site]
         standard = layout.to_standard(tensor)
+        if site not in ("rot_q", "z"):
+            self._place_keys(self.queries, standard.shape[3 if SITES[site].is_matrix else 2])
         if site == "scores":
             self.where.allowed = standard > _MASKED
         if self.plan.of(site) and standard.shape[1] < self.heads:
@@ -231,19 +262,29 @@ class Surgery:
             return tensor
         return layout.from_standard(edited.clone() if is_watched else edited, tensor)
 
-    @staticmethod
-    def inner(module: nn.Module) -> nn.Module:
+    def _place_keys(self, queries: int, keys: int) -> None:
+        """In a cache that grows, keys end where the queries do, however many it keeps, and whichever layer filled it."""
+        if self.where.key_offset is None:
+            self.where = replace(self.where, key_offset=self.where.query_offset + queries - keys)
+
+    def inner(self, module: nn.Module) -> nn.Module:
         """A module within an inline attention whose forward is part of the rewritten code: it is not called as a module."""
-        if not torch.compiler.is_compiling() and (has_hooks(module) or "forward" in module.__dict__):
-            raise SurgeryError(
-                describe(
-                    f"a {type(module).__name__} in an attention with cuts",
-                    "a hook on it, or a forward that something else set",
-                    "neither: its code is compiled into the attention's, with intervention points",
-                    "Remove the hook, or put it on the attention itself.",
-                )
+        if torch.compiler.is_compiling():
+            return module
+        found = "a hook on it, or a forward that something else set"
+        if not (has_hooks(module) or "forward" in module.__dict__):
+            own: Any = type(module)
+            if not self.family.inline.within.isdisjoint(method_names(own)):
+                return module
+            found = "a module of another class than when the model was patched"
+        raise SurgeryError(
+            describe(
+                f"a {type(module).__name__} in {self.path!r}, which has cuts",
+                found,
+                "the module that was there: its code is compiled into the attention's, with intervention points",
+                "Put it back, or unpatch the model and patch it again; hooks may stand on the attention itself.",
             )
-        return module
+        )
 
     def fused(
         self,

@@ -207,7 +207,8 @@ def computes_attention(module: nn.Module) -> bool:
     softmax, product = _uses(own)
     plain = [child for child in module.children() if next(child.parameters(), None) is None]
     softmax = softmax or any(isinstance(child, nn.Softmax) for child in plain)
-    product = product or any(_uses(cls)[1] for cls in map(type, plain) if not cls.__module__.startswith("torch."))
+    parts = [_uses(cls) for cls in map(type, plain) if not cls.__module__.startswith("torch.")]
+    softmax, product = softmax or any(part[0] for part in parts), product or any(part[1] for part in parts)
     return softmax and product and _n_projections(module) >= 2
 
 

@@ -37,6 +37,8 @@ class Inline:
 
     is_fused: it calls torch's fused kernel; before: sites whose point is not at the kernel but before it, as the mask is made
     of them, too, and their layouts there. beside: what else of the kind the class computes, which stays as it is, in words.
+    within: functions of modules within the class that are compiled along. is_written: by a patch, whose forward may come to a
+    site several times.
     """
 
     methods: Mapping[str, Callable[..., Any]]
@@ -45,6 +47,8 @@ class Inline:
     is_fused: bool = False
     before: Mapping[str, Layout] = field(default_factory=dict)
     beside: str = ""
+    within: frozenset[types.FunctionType] = frozenset()
+    is_written: bool = False
 
 
 def record_inline(module: nn.Module, is_cross: bool) -> Recording:
@@ -149,7 +153,9 @@ def _compile(wraps: list[tuple[tuple[Place, ...], Wrap]], witness: Witness) -> I
         return done[function]
 
     methods = {name: make(f) for f in {**by_function, **calls} for name in witness.names.get(f, ())}
-    return Inline(methods, dict(witness.layouts), "\n\n".join(sources), witness.fused is not None, dict(witness.before))
+    layouts, before = dict(witness.layouts), dict(witness.before)
+    compiled = frozenset(function for function in done if function in within)
+    return Inline(methods, layouts, "\n\n".join(sources), witness.fused is not None, before, within=compiled)
 
 
 def _wraps(witness: Witness) -> list[tuple[tuple[Place, ...], Wrap]]:

@@ -75,7 +75,7 @@ def written_out(methods: Mapping[str, Callable[..., Any]], beside: str = "") -> 
     it is, in words.
     """
     code = "\n\n".join(inspect.getsource(method) for method in methods.values())
-    inline = Inline(methods, dict.fromkeys(SITES, STANDARD), code, beside=beside)
+    inline = Inline(methods, dict.fromkeys(SITES, STANDARD), code, beside=beside, is_written=True)
     return Family(next(iter(methods.values())), members=methods, kernels={}, inline=inline)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -12,7 +13,15 @@ from torch import nn
 from surgery.anatomy import Anatomy
 from surgery.classes import SurgicalAttention, SurgicalOwner
 from surgery.derive import find_anatomy
-from surgery.errors import NotFiredWarning, PatchError, SpecError, describe, listing
+from surgery.errors import (
+    NotFiredWarning,
+    PatchError,
+    SpecError,
+    SurgeryError,
+    UnsupportedArchitectureError,
+    describe,
+    listing,
+)
 from surgery.family import find_family
 from surgery.lower import lower, on_meta
 from surgery.plan import Plan, Probe, Session
@@ -172,7 +181,7 @@ def _apply(
     """Plans and checks the whole model, then swaps."""
     if kernel not in KERNELS:
         raise SpecError(describe("patch_model", f"kernel={kernel!r}", ", ".join(map(repr, KERNELS)), "Use one of these."))
-    anatomy = anatomy_of(model, strict)
+    anatomy = _proved(anatomy_of(model, strict), strict)
     if anatomy.unsupported and not strict and session_of(model) is None:
         warnings.warn(listing("patch_model leaves as they are", anatomy.unsupported), UserWarning, stacklevel=3)
     plans = lower(
@@ -190,9 +199,6 @@ def _apply(
     problems += [p for attention in anatomy for p in tap_problems(model, attention, plans[attention.address])]
     if problems:
         raise PatchError(listing("patch_model", problems))
-    for attention in anatomy:
-        if not isinstance(attention.module, SurgicalAttention):
-            verify(attention)
     # Nothing below fails for a reason that lies in the input; an interrupt may still come.
     if session is None:
         planned = frozenset(address for address, plan in plans.items() if plan.sites)
@@ -212,6 +218,28 @@ def _apply(
             sweep(model)
             _apply(model, before.spec, before.kernel, False, old_probes, before)
         raise
+
+
+def _proved(anatomy: Anatomy, strict: bool) -> Anatomy:
+    """The attentions whose reconstruction is proved right. Raises for one that is not, or, if not strict, leaves it out."""
+    problems: dict[str, str] = {}
+    for attention in anatomy:
+        if isinstance(attention.module, SurgicalAttention):
+            continue
+        try:
+            verify(attention)
+        except Exception as error:  # of whatever kind foreign code raises, written anew
+            what = f"{attention.path!r} ({attention.class_name})"
+            found = f"{type(error).__name__}: {error}"
+            do = "Please report this class; describe it in a file in patches/ meanwhile."
+            text = str(error) if isinstance(error, SurgeryError) else describe(what, found, "a reconstruction that runs", do)
+            if strict:
+                raise error if isinstance(error, SurgeryError) else UnsupportedArchitectureError(text) from error
+            problems[attention.address] = text
+    if not problems:
+        return anatomy
+    proved = tuple(attention for attention in anatomy if attention.address not in problems)
+    return replace(anatomy, attentions=proved, unsupported=(*anatomy.unsupported, *problems.values()))
 
 
 def _warn_silent(addresses: Sequence[str]) -> None:

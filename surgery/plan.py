@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from surgery.anatomy import Anatomy
 from surgery.interventions import Operation
@@ -89,7 +91,7 @@ class Session:
             self.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
         self.runs[address] = self.runs.get(address, 0) + 1
         may_be_silent = self.report is not None and not self.planned <= self.runs.keys()
-        here = _outermost_call() if may_be_silent and (not self.forward or address in self.forward) else None
+        here = outermost_call() if may_be_silent and (not self.forward or address in self.forward) else None
         if address in self.forward and address != self.last and (here is None or here is not self.call):
             self.forward.clear()
             silent = sorted(self.planned - set(self.runs))
@@ -114,12 +116,22 @@ class Session:
         return sorted(self.planned - set(self.runs)) if self.forward and not self.is_inside else []
 
 
-def _outermost_call() -> Any:
+def outermost_call() -> Any:
     """An object that only the present call of the outermost module has: its keyword arguments."""
-    found = None
-    frame: Any = sys._getframe(1)
+    return next(reversed([frame.f_locals["kwargs"] for frame in _calls()]), None)
+
+
+def model_call() -> Any:
+    """The same of the innermost model of transformers; of the outermost module if there is none."""
+    models = (frame for frame in _calls() if isinstance(frame.f_locals["self"], PreTrainedModel))
+    found = next(models, None)
+    return outermost_call() if found is None else found.f_locals["kwargs"]
+
+
+def _calls() -> Iterator[types.FrameType]:
+    """The calls of modules that are going on, the innermost first."""
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module.__call__.__code__:
-            found = frame
+            yield frame
         frame = frame.f_back
-    return None if found is None else found.f_locals["kwargs"]

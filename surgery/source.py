@@ -59,8 +59,10 @@ class Wrap:
 
 @functools.cache
 def _tree(file: str) -> ast.Module:
-    with open(file, encoding="utf-8") as source:
-        return ast.parse(source.read())
+    """Raises OSError if there is no source. Cells of a notebook have some, too, though no file."""
+    if not (lines := linecache.getlines(file)):
+        raise OSError(f"no source of {file}")
+    return ast.parse("".join(lines))
 
 
 @functools.cache
@@ -154,10 +156,14 @@ def _is_super(node: ast.expr) -> bool:
 
 
 def _is_module(function: types.FunctionType, node: ast.expr) -> bool:
-    """Whether an expression names a Python module (torch, nn.functional)."""
+    """Whether an expression names a Python module (torch, nn.functional), also one that the function itself imports."""
     if isinstance(node, ast.Attribute):
         return _is_module(function, node.value)
-    return isinstance(node, ast.Name) and isinstance(function.__globals__.get(node.id), types.ModuleType)
+    if not isinstance(node, ast.Name):
+        return False
+    imports = [n for n in ast.walk(definition(function)) if isinstance(n, ast.Import | ast.ImportFrom)]
+    own = {(alias.asname or alias.name).partition(".")[0] for statement in imports for alias in statement.names}
+    return node.id in own or isinstance(function.__globals__.get(node.id), types.ModuleType)
 
 
 def rewrite(
@@ -207,6 +213,8 @@ def rewrite(
 
         def generic_visit(self, old: ast.AST) -> ast.AST:
             position = _position(old) if isinstance(old, ast.Call | ast.BinOp) else None
+            if isinstance(old, ast.Attribute):  # outside of its class the compiler does not do it
+                old.attr = _mangled(old.attr, function)
             new = super().generic_visit(old)
             if position is None:
                 return new
@@ -248,6 +256,13 @@ def rewrite(
     return _compile(function, new, names), ast.unparse(new)
 
 
+def _mangled(name: str, function: types.FunctionType) -> str:
+    """A private name (`__x`) as Python writes it in the class that a function was defined in."""
+    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2].lstrip("_")
+    is_private = name.startswith("__") and not name.endswith("__") and owner and owner != "<locals>"
+    return f"_{owner}{name}" if is_private else name
+
+
 def _compile(function: types.FunctionType, node: ast.FunctionDef, names: Mapping[str, Any]) -> Callable[..., Any]:
     """The function of a definition, with the globals and the closure of another, and names of its own."""
     free = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
@@ -277,6 +292,7 @@ def owned_functions(cls: type) -> dict[types.CodeType, types.FunctionType]:
     return found
 
 
+@functools.cache
 def method_names(cls: type) -> dict[types.FunctionType, list[str]]:
     """The functions that a class's methods are, decorators taken off, with the names under which an instance has them.
 

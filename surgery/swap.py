@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.anatomy import Attention
@@ -119,6 +120,16 @@ def obstacles(module: nn.Module, path: str) -> list[str]:
 def tap_problems(model: nn.Module, attention: Attention, plan: Plan) -> list[str]:
     """Why a projection cannot be tapped where it is called."""
     found = []
+    parent = model.get_submodule(attention.path.rpartition(".")[0])
+    if plan.sites and isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        found.append(
+            describe(
+                f"{attention.path!r}",
+                "torch's fast path, on which an nn.TransformerEncoderLayer never calls its attention in evaluation",
+                "a forward that comes to every cut and capture",
+                "Call torch.backends.mha.set_fastpath_enabled(False) first.",
+            )
+        )
     for site in (s for s in PROJECTION_SITES if s in plan.sites):
         place = attention.projections[PROJECTION_SITES[site]]
         if place.name.isdigit():

@@ -704,7 +704,7 @@ def test_a_hook_on_a_module_whose_code_is_rewritten_is_an_error_under_cuts() -> 
     handle = model["layer"].products.register_forward_hook(lambda module, args, output: output * 2)
     assert not torch.equal(call(model, x), expected), "without cuts it fires"
     patch_model(model, Freeze("qk", heads=[1]))
-    with pytest.raises(SurgeryError, match=r"a Products in an attention with cuts: found a hook on it"):
+    with pytest.raises(SurgeryError, match=r"a Products in 'layer', which has cuts: found a hook on it"):
         call(model, x)
     handle.remove()
     assert not torch.equal(call(model, x), expected)

@@ -235,9 +235,11 @@ def test_cuts_by_position_in_the_cross_attention_of_streams_need_the_whole_seque
     one, given = model(), inputs()
     with patched(one, Edit("rot_q", "noise", heads=[0], layers=["decoder.cross.*"])):
         one(**given, use_cache=False)
-        with pytest.raises(CacheError, match=r"18 queries, of 6 positions in several streams.*use_cache=False"):
+        with pytest.raises(CacheError, match=r"18 queries where the decoder has counted 6 positions.*use_cache=False"):
             one(**given, use_cache=True)
     with torch.no_grad():
         plain = one(**given, use_cache=True).logits
+        with capture(one, ["z"], layers=["decoder.cross.*"]) as seen:
+            assert torch.equal(one(**given, use_cache=True).logits, plain) and len(seen) == 2
         with patched(one, Freeze("qk", heads=[0], layers=["decoder.cross.*"])):
             assert not torch.equal(one(**given, use_cache=True).logits, plain)

@@ -1,0 +1,309 @@
+"""Attention in the ways that researchers write it down themselves: taken, or refused with a reason, never silently wrong."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import textwrap
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertModel, FSMTConfig, FSMTForConditionalGeneration, GPT2Config, GPT2Model
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
+
+from surgery import (
+    Edit,
+    Freeze,
+    PatchError,
+    SpecError,
+    SurgeryError,
+    UnsupportedArchitectureError,
+    capture,
+    find_anatomy,
+    patch_model,
+    patched,
+    unpatch_model,
+)
+from surgery import patch as patching
+
+HEADS, WIDTH, D_MODEL = 4, 8, 32
+
+
+class Own(nn.Module):
+    """Four projections and a way to split heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(D_MODEL, D_MODEL) for _ in range(4))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+
+    def merged(self, z: Tensor) -> Tensor:
+        return self.o(z.transpose(1, 2).flatten(2))
+
+
+class ImportsInForward(Own):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        q, k, v = self.parts(hidden_states)
+        return self.merged(torch.matmul(F.softmax(q @ k.mT / WIDTH**0.5, -1), v))
+
+
+class PrivateName(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__scale = 0.3
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.parts(hidden_states)
+        return self.merged(torch.softmax(q @ k.mT * self.__scale, -1) @ v)
+
+
+class Core(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT / WIDTH**0.5, -1) @ v
+
+
+class Sharper(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT, -1) @ v
+
+
+class CoreInAModule(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.core: nn.Module = Core()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.merged(self.core(*self.parts(hidden_states)))
+
+
+class InChunks(Own):
+    """Queries four at a time: a run on few tokens does not show the loop."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.parts(hidden_states)
+        done = []
+        for part in q.split(4, dim=2):
+            done.append(torch.softmax(part @ k.mT / WIDTH**0.5, -1) @ v)
+        return self.merged(torch.cat(done, 2))
+
+
+def model_of(*classes: type[nn.Module]) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(*(cls() for cls in classes)).eval()
+
+
+def x(length: int = 6) -> Tensor:
+    return torch.randn(2, length, D_MODEL, generator=torch.Generator().manual_seed(1))
+
+
+def without_head(layer: Any, given: Tensor, head: int) -> Tensor:
+    """The output with a head's channels of W_O set to zero."""
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.o.weight[:, head * WIDTH : (head + 1) * WIDTH] = 0
+        return twin(given)
+
+
+@pytest.mark.parametrize("cls", [ImportsInForward, PrivateName, CoreInAModule])
+@torch.no_grad()
+def test_it_is_taken(cls: Any) -> None:
+    model = model_of(cls)
+    plain = model(x())
+    assert torch.equal(patch_model(model)(x()), plain)
+    with patched(model, Freeze("ov", heads=[1])):
+        # A product with zeros in place of one with zero columns: the same numbers in another order.
+        torch.testing.assert_close(model(x()), without_head(unpatched(model)[0], x(), 1), rtol=1e-5, atol=1e-6)
+    with capture(model, ["pattern", "v", "z"]) as run:
+        model(x())
+    torch.testing.assert_close(run["self.0", "z"], run["self.0", "pattern"] @ run["self.0", "v"], rtol=1e-5, atol=1e-6)
+
+
+def unpatched(model: Any) -> Any:
+    return unpatch_model(copy.deepcopy(model))
+
+
+@torch.no_grad()
+def test_a_class_of_a_notebook() -> None:
+    """Its source is in a cell, which is no file."""
+    source = textwrap.dedent(
+        """
+        class InACell(Own):
+            def forward(self, hidden_states):
+                q, k, v = self.parts(hidden_states)
+                pattern = torch.softmax(q @ k.mT / WIDTH**0.5, -1)
+                return self.merged(pattern @ v)
+        """
+    )
+    name = "<ipython-input-7-0123456789ab>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    space = {"Own": Own, "torch": torch, "WIDTH": WIDTH, "__name__": "cells"}
+    exec(compile(source, name, "exec"), space)
+    model = model_of(space["InACell"])  # type: ignore[arg-type]
+    plain = model(x())
+    patch_model(model, Freeze("ov", heads=[2]))
+    torch.testing.assert_close(model(x()), without_head(unpatched(model)[0], x(), 2), rtol=1e-5, atol=1e-6)
+    assert torch.equal(unpatch_model(model)(x()), plain)
+
+
+def test_attention_in_a_module_without_parameters_is_not_passed_over() -> None:
+    assert [a.path for a in find_anatomy(model_of(ImportsInForward, CoreInAModule))] == ["0", "1"]
+
+
+@torch.no_grad()
+def test_a_module_within_that_is_exchanged_after_patching() -> None:
+    model = patch_model(model_of(CoreInAModule), Edit("z", "scale", 0.5, heads=[0]))
+    model(x())
+    model[0].core = Sharper()
+    with pytest.raises(SurgeryError, match=r"a Sharper in '0'.*of another class than when the model was patched"):
+        model(x())
+
+
+@torch.no_grad()
+def test_a_loop_over_chunks_is_refused_where_it_shows() -> None:
+    model = patch_model(model_of(InChunks), Edit("z", "zero", positions=[1]))
+    model(x(4))
+    with pytest.raises(SurgeryError, match="came to z a second time"):
+        model(x(10))
+    with pytest.raises(SurgeryError, match="came to pattern a second time"), capture(patch_model(model), ["pattern"]):
+        model(x(10))
+    assert torch.equal(model(x(10)), unpatched(model)(x(10)))
+
+
+@torch.no_grad()
+def test_the_fast_path_of_torch_must_be_off() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D_MODEL, HEADS, 40, batch_first=True), 2).eval()
+    patch_model(model)
+    with pytest.raises(PatchError, match=r"fast path, on which an nn.TransformerEncoderLayer never calls its attention"):
+        patch_model(model, Freeze("ov"))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        plain = model(x())
+        patch_model(model, Freeze("ov", heads=[1]))
+        assert not torch.allclose(model(x()), plain)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+# -- a reconstruction that cannot be proved --------------------------------------------------------------------------------
+
+
+def test_what_foreign_code_raises_is_told_and_left_out_if_wished(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(attention: Any) -> None:
+        if attention.class_name == "InChunks":
+            raise AttributeError("no such thing")
+
+    model = model_of(ImportsInForward, InChunks)
+    classes = [type(module) for module in model.modules()]
+    monkeypatch.setattr(patching, "verify", fails)
+    with pytest.raises(UnsupportedArchitectureError, match=r"'1' \(InChunks\): found AttributeError: no such thing; expected"):
+        patch_model(model)
+    assert [type(module) for module in model.modules()] == classes
+    with pytest.warns(UserWarning, match="no such thing"):
+        patch_model(model, Freeze("ov", heads=[0]), strict=False)
+    assert [type(module) is not cls for module, cls in zip(model, (ImportsInForward, InChunks), strict=True)] == [True, False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unpatch_model(model)
+
+
+# -- activations of a run, and positions, where a forward is not one pass over its layers -------------------------------------
+
+
+@torch.no_grad()
+def test_a_run_with_several_tensors_is_no_reference() -> None:
+    config = AlbertConfig(vocab_size=30, hidden_size=32, embedding_size=16, num_attention_heads=4, intermediate_size=40)
+    torch.manual_seed(0)
+    model = AlbertModel(config, add_pooling_layer=False).eval()
+    ids = torch.arange(5, 11)[None]
+    with capture(model, ["z"]) as run:
+        model(ids)
+    with pytest.raises(SpecError, match=r"several tensors of one forward \(self.0 z: 12\)"):
+        Freeze("ov", to=run)
+    twice = GPT2Model(GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=30)).eval()
+    with capture(twice, ["z"]) as run:  # two forwards of one tensor each are no problem
+        twice(ids)
+        before = twice(ids).last_hidden_state
+    with patched(twice, Freeze("ov", to=run)):
+        assert torch.equal(twice(ids).last_hidden_state, before)
+
+
+def mllama() -> Any:
+    torch.manual_seed(0)
+    config = MllamaTextConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, cross_attention_layers=[1], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = MllamaForCausalLM(config).eval()
+    with torch.no_grad():  # the gates of cross-attention begin at zero
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3 if parameter.dim() > 1 or "gate" in name else parameter)
+    return model
+
+
+@pytest.mark.parametrize("site", ["z", "rot_q", "result"])
+@torch.no_grad()
+def test_positions_of_queries_beside_a_cache_that_holds_an_image(site: str) -> None:
+    model, ids = mllama(), torch.arange(10, 17)[None]
+    image = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(3))
+    for position in (1, 4, 6):
+        patch_model(model, Edit(site, "scale", -1.0, layers=["cross.1"], positions=[position]))
+        whole = model(input_ids=ids, cross_attention_states=image, use_cache=False).logits
+        out = model(input_ids=ids[:, :4], cross_attention_states=image, use_cache=True)
+        steps = [out.logits]
+        for i in range(4, 7):
+            out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            steps.append(out.logits)
+        # Products over one position and over several have other last bits.
+        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+        plain = unpatched(model)(input_ids=ids, cross_attention_states=image, use_cache=False).logits
+        assert not torch.allclose(whole[:, position], plain[:, position], atol=1e-4)
+
+
+@torch.no_grad()
+def test_keys_that_stay_in_the_cache_are_not_awaited_again() -> None:
+    model, ids = mllama(), torch.arange(10, 17)[None]
+    patch_model(model, Edit("k", "scale", 0.5, layers=["cross.1"]))
+    image = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(3))
+    whole = model(input_ids=ids, cross_attention_states=image, use_cache=False).logits
+    out = model(input_ids=ids[:, :6], cross_attention_states=image, use_cache=True)
+    last = model(input_ids=ids[:, 6:], past_key_values=out.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_of_queries_that_come_first_axis_and_by_another_name() -> None:
+    """FSMT calls its attention with query=, (position, batch, d_model)."""
+    torch.manual_seed(0)
+    config = FSMTConfig(
+        langs=["en", "de"], src_vocab_size=40, tgt_vocab_size=40, d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40, decoder_ffn_dim=40,
+        max_position_embeddings=32, max_length=8,
+    )  # fmt: skip
+    model = FSMTForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape))
+    ids, target = torch.arange(5, 11)[None], torch.arange(8, 13)[None]
+    for address in ("decoder.cross.0", "decoder.self.0"):
+        patch_model(model, Edit("z", "zero", layers=[address], positions=[2]))
+        whole = model(input_ids=ids, decoder_input_ids=target, use_cache=False).logits
+        plain = unpatched(model)(input_ids=ids, decoder_input_ids=target, use_cache=False).logits
+        assert (whole - plain).abs().amax((0, 2)).gt(1e-4).tolist()[:3] == [False, False, True]
+        cache, steps, encoded = None, [], model.get_encoder()(ids)
+        for i in range(target.shape[1]):
+            step = {"decoder_input_ids": target[:, i : i + 1] if cache is not None else target[:, :1], "past_key_values": cache}
+            out = model(encoder_outputs=encoded, use_cache=True, **step)
+            cache = out.past_key_values
+            steps.append(out.logits[:, -1:])
+        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
