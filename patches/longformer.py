@@ -104,10 +104,10 @@ class Band:
             is_there |= marked[:, None, None, :]
             is_there[numbers, :, positions] = True
         is_there = is_there.scatter(-1, keys, is_there.gather(-1, keys) | is_own)[..., window : window + length]
-        if bool(((tensor != self.empty) & ~is_there).any()):
+        if bool(((tensor > self.least) & ~is_there).any()):
             refuse(
                 self.module,
-                "an edit of scores or pattern at keys beyond the window of their query",
+                "an edit of scores or pattern that gives weight to keys beyond the window of their query",
                 "changes within the window and at global tokens, for the class computes no others",
                 "Let the callable keep what it is given where the pattern is zero.",
             )
@@ -118,6 +118,11 @@ class Band:
         columns[slots[0], :, slots[1]] = tensor.transpose(2, 3)[numbers, :, positions]
         together = torch.cat((columns.transpose(2, 3), band), dim=-1)
         return together.transpose(1, 2), self.rows.take(tensor, like[1])
+
+    @property
+    def least(self) -> float:
+        """What is no more than this gives a key no weight: a mask that was halved is still one."""
+        return min(self.empty / 1000, 0.0)
 
     def _parts(self, band: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, head, query, 2 window + 1) of neighbours and (batch, head, query, slot) of global tokens."""

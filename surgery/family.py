@@ -243,8 +243,10 @@ def _uses(cls: Any) -> tuple[bool, bool]:
 
 
 def _is_softmax(name: str) -> bool:
-    """A function, or a module of whatever name; a loss takes its logarithm."""
-    return name in ("softmax", "_softmax") or (name.endswith("Softmax") and not name.endswith("LogSoftmax"))
+    """A function, also one that takes its logarithm, or a module of whatever name; a loss is a module that does so."""
+    return name in ("softmax", "_softmax", "log_softmax", "logsumexp") or (
+        name.endswith("Softmax") and not name.endswith("LogSoftmax")
+    )
 
 
 def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:

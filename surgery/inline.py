@@ -88,7 +88,9 @@ def _eager(
     scaling: float = 1.0,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """What a fused kernel computes, written out."""
+    """What a fused kernel computes, written out; enable_gqa repeats heads so."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask

@@ -19,6 +19,9 @@ from surgery.layout import BATCH, COLUMN, HEAD, ROW, Layout, Roles, coordinates,
 from surgery.source import KEYWORDS, method_names, owned_functions
 from surgery.steps import PRODUCTS, Defeat, Product, Step, locate
 
+_PARTS = ("exp", "exp_", "logsumexp", "log_softmax")
+"""What a softmax is written out with."""
+
 
 class Witness:
     """Sees every function of one run (`surgery.labels.Watcher`), and finds the core in them.
@@ -78,6 +81,8 @@ class Witness:
                 self.normed = step
             elif SCORES <= owner_of(given[0].labels) < PATTERN:
                 self._normed(step, given[0], out, args, kwargs)
+        elif name in _PARTS and self.softmax is None and SCORES <= owner_of(given[0].labels) < PATTERN:
+            raise Defeat(f"a softmax that is written out in parts ({name} of scores)", step.place)
         elif name == "scaled_dot_product_attention":
             self._fused(step, args, kwargs, out)
         elif "dropout" in name and PATTERN <= owner_of(given[0].labels) < Z:

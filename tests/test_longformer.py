@@ -306,10 +306,15 @@ def test_a_pattern_beyond_the_window_is_refused(marked: str) -> None:
 
     with patched(model, Edit("pattern", even, layers=[0])), pytest.raises(SurgeryError) as caught:
         run(model, inputs)
-    assert "beyond the window" in str(caught.value) and "layer.0.attention.self" in str(caught.value)
+    assert "weight to keys beyond the window" in str(caught.value) and "layer.0.attention.self" in str(caught.value)
     with patched(model):
         expected = run(model, inputs)
     assert_equal(run(model, inputs), expected)  # nothing is left behind
+    # Half of the lowest number is still a mask.
+    with patched(model, Edit("scores", lambda scores: scores * 0.5, layers=[0])):
+        found = run(model, inputs)
+    with patched(model, Edit("scores", "scale", 0.5, layers=[0])):
+        assert_equal(found, run(model, inputs))
 
 
 def test_in_bfloat16_and_under_autocast() -> None:

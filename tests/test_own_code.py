@@ -87,6 +87,33 @@ class CoreInAModule(Own):
         return self.merged(self.core(*self.parts(hidden_states)))
 
 
+class GroupedKernel(nn.Module):
+    """torch's fused kernel over fewer kv heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL)
+        self.k, self.v = nn.Linear(D_MODEL, D_MODEL // 2), nn.Linear(D_MODEL, D_MODEL // 2)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = (p(hidden_states).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(z.transpose(1, 2).flatten(2))
+
+
+class LogSumExp(Own):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.parts(hidden_states)
+        scores = q @ k.mT
+        return self.merged(torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)) @ v)
+
+
+class LogSoftmax(Own):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.parts(hidden_states)
+        return self.merged(torch.log_softmax(q @ k.mT, -1).exp() @ v)
+
+
 class InChunks(Own):
     """Queries four at a time: a run on few tokens does not show the loop."""
 
@@ -115,7 +142,7 @@ def without_head(layer: Any, given: Tensor, head: int) -> Tensor:
         return twin(given)
 
 
-@pytest.mark.parametrize("cls", [ImportsInForward, PrivateName, CoreInAModule])
+@pytest.mark.parametrize("cls", [ImportsInForward, PrivateName, CoreInAModule, GroupedKernel])
 @torch.no_grad()
 def test_it_is_taken(cls: Any) -> None:
     model = model_of(cls)
@@ -126,7 +153,8 @@ def test_it_is_taken(cls: Any) -> None:
         torch.testing.assert_close(model(x()), without_head(unpatched(model)[0], x(), 1), rtol=1e-5, atol=1e-6)
     with capture(model, ["pattern", "v", "z"]) as run:
         model(x())
-    torch.testing.assert_close(run["self.0", "z"], run["self.0", "pattern"] @ run["self.0", "v"], rtol=1e-5, atol=1e-6)
+    v = run["self.0", "v"].repeat_interleave(HEADS // run["self.0", "v"].shape[1], 1)
+    torch.testing.assert_close(run["self.0", "z"], run["self.0", "pattern"] @ v, rtol=1e-5, atol=1e-6)
 
 
 def unpatched(model: Any) -> Any:
@@ -158,6 +186,14 @@ def test_a_class_of_a_notebook() -> None:
 
 def test_attention_in_a_module_without_parameters_is_not_passed_over() -> None:
     assert [a.path for a in find_anatomy(model_of(ImportsInForward, CoreInAModule))] == ["0", "1"]
+
+
+@pytest.mark.parametrize("cls", [LogSumExp, LogSoftmax])
+def test_a_softmax_in_parts_is_refused_and_not_passed_over(cls: Any) -> None:
+    with pytest.raises(
+        UnsupportedArchitectureError, match=rf"'1' \({cls.__name__}\): found a softmax that is written out in parts"
+    ):
+        patch_model(model_of(ImportsInForward, cls), Freeze("qk"))
 
 
 @torch.no_grad()
