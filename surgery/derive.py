@@ -115,7 +115,7 @@ def _examine(
         raise UnsupportedArchitectureError(
             describe(f"{paths[0]!r}", f"{heads} heads over {kv_heads} kv heads", "a whole number of heads per kv head", "")
         )
-    core_groups, kv_heads = heads // kv_heads, _distinct(found.labels.get("v"), kv_heads)
+    core_groups, kv_heads = heads // kv_heads, _distinct(found, kv_heads)
     attention = Attention(
         addresses[0], paths, module, found.family, kind, layer, found, heads, kv_heads, d_head, d_value, addresses, core_groups
     )
@@ -125,11 +125,14 @@ def _examine(
     return attention
 
 
-def _distinct(labels: Tensor | None, heads: int) -> int:
-    """The number of kv heads: a family that repeats them before the core shows rows that are equal, one group at a time."""
-    if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
-        return heads
-    changes = 1 + int((labels[1:] != labels[:-1]).any(dim=-1).sum())
+def _distinct(recording: Recording, heads: int) -> int:
+    """The number of kv heads: a family that repeats them before the core shows rows that are equal, one group at a time.
+
+    Of k and of v, as far as they are known: values may be shared by more heads than keys are.
+    """
+    known = [labels for name in "kv" if (labels := recording.labels.get(name)) is not None and labels.dim() == 2]
+    rows = [labels for labels in known if not bool((labels < 0).any())]
+    changes = max((1 + int((labels[1:] != labels[:-1]).any(dim=-1).sum()) for labels in rows), default=heads)
     return changes if heads % changes == 0 else heads
 
 

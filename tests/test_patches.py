@@ -462,3 +462,25 @@ def test_diffllama_has_the_same_numbers_behind_its_points(implementation: str) -
     for site in (site for site in SITES if site != "result"):
         with capture(model, [site]):
             assert torch.equal(model(tokens).last_hidden_state, expected), site
+
+
+@torch.no_grad()
+def test_keys_of_diffllama_where_all_heads_share_one_pair_of_values() -> None:
+    """Two kv heads: their values are joined into one, their keys are not."""
+    config = DiffLlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    torch.manual_seed(0)
+    model, ids = DiffLlamaModel(config).eval(), torch.arange(5, 14)[None]
+    for parameter in model.parameters():
+        parameter.copy_(0.4 * torch.randn(parameter.shape))
+    [attention] = find_anatomy(model)
+    assert (attention.heads, attention.kv_heads) == (4, 2)
+    handle = model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, output: output * 0)
+    expected = model(ids).last_hidden_state
+    handle.remove()
+    patch_model(model, Edit("k", "zero"))
+    assert torch.equal(model(ids).last_hidden_state, expected)
+    with capture(patch_model(model), ["k", "rot_k", "v"]) as run:
+        model(ids)
+    assert [run["self.0", site].shape[1] for site in ("k", "rot_k", "v")] == [2, 4, 2]
