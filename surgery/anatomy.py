@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from surgery.errors import NoMatchError, describe
 from surgery.family import Family
-from surgery.record import Recording
 from surgery.sites import SITES
+from surgery.stubs import Recording
 
 HERE = "\0"
 """Stands in a message for the attentions that it holds for, until `grouped` names them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgery.anatomy import Attention
 from surgery.arguments import arguments_for, type_of
-from surgery.record import Recording, run_on_stubs
+from surgery.stubs import Recording, run_on_stubs
 from surgery.taps import at_hand
 
 ScaleAndShift = tuple[Tensor | None, Tensor | None]

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from surgery.errors import SurgeryError, UnsupportedArchitectureError, describe
 from surgery.evaluation import evaluating
 from surgery.family import input_width
-from surgery.record import HOOKS
+from surgery.stubs import HOOKS
 from surgery.taps import answer, at_hand, has_numbers, runs_on, runs_own_forward
 
 LinearMap = tuple[Tensor, Tensor | None]

@@ -10,9 +10,8 @@ this works for quantised, adapted, offloaded and meta modules alike.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,188 +19,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, remember, type_of
-from surgery.configs import config_view
-from surgery.evaluation import evaluating, keeping_random
-from surgery.family import Family, is_pointwise, is_projection, projection_width, softmax_of
-from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
-from surgery.layout import STANDARD
-from surgery.source import n_returned
+from surgery.family import Family, softmax_of
+from surgery.labels import Labelled
 from surgery.steps import Defeat
-from surgery.witness import Witness, z_labels
-
-Give = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
-"""The output of a stub: of a projection's name, and of a shape, type and device."""
-
-
-@dataclass
-class Recording:
-    """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
-
-    projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
-    changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned),
-    or may have: on the meta device nothing is seen. form: of the arguments that the forward took.
-    leads: the axes before the channels, by projection. without_z: the projections that read something else than z.
-    output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
-    returned: what the forward gave.
-    give: what stubs give in place of labelled ones; arrived: the core's v, kept in such a run.
-    """
-
-    family: Family
-    projections: list[str] = field(default_factory=list)
-    core: dict[str, Any] = field(default_factory=dict)
-    labels: dict[str, Tensor] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    output: tuple[str, Tensor] | None = None
-    inputs: dict[str, str] = field(default_factory=dict)
-    leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)
-    without_z: set[str] = field(default_factory=set)
-    calls: int = 0
-    returned: Any = None
-    witness: Any = None
-    form: Form | None = None
-    give: Give | None = None
-    arrived: Tensor | None = None
-
-    def owner(self, label: int) -> str:
-        return self.projections[label // BASE]
-
-    def note(self, name: str, tensor: Tensor) -> None:
-        """Looks whether a tensor still holds the ones that stubs give."""
-        plain = tensor.as_subclass(Tensor)
-        if plain.is_meta or not bool((plain == 1).all()):
-            self.changed.add(name)
-
-    def reaches(self, owner: int) -> bool:
-        """Whether anything of an owner is in what the forward returned."""
-        return bool((self.labels["output"] >= owner * BASE).any())
-
-    def batch_axes(self, projection: str, site: str) -> int:
-        """How many axes of a projection's input are the core's batch; 0 if positions come first, and the batch after them."""
-        batch, _, positions, _ = self.shapes[site]
-        lead = self.leads.get(projection, ())
-        if lead == (positions, batch) != (batch, positions):
-            return 0
-        return next((n for n in range(1, len(lead)) if math.prod(lead[:n]) == batch and math.prod(lead[n:]) == positions), 1)
-
-    def ends_in(self, projection: str) -> bool:
-        """Whether the forward's output is that projection's, by views and elementwise arithmetic, as far as one can tell."""
-        owners = self.labels["output"].div(BASE, rounding_mode="floor")
-        return not owners.numel() or bool((owners == self.projections.index(projection)).any())
-
-
-class _State:
-    """Stands where a patched module has its surgery state; the core call ends here."""
-
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
-
-    computes_as = "eager"
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any = None,
-        implementation: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        record = self.recording
-        record.calls += 1
-        record.arrived = None if record.give is None else value
-        record.core = {**record.core, "mask": attention_mask, "kwargs": kwargs}
-        for name, tensor in (("q", query), ("k", key), ("v", value)):
-            self._note(name, tensor)
-        batch, heads, queries, _ = query.shape
-        z = self._z(value.as_subclass(Tensor).new_ones(batch, heads, queries, value.shape[-1]))
-        return z.transpose(1, 2).contiguous(), None
-
-    def spot(self, site: str, tensor: Any, layout: Any = None) -> Any:
-        """A point of a forward that a patch writes out. Between those of q, k, v and that of z no labels are needed."""
-        layout = self.recording.family.inline.layouts[site] if layout is None else layout
-        if self.recording.give is not None:  # numbers, and no labels
-            self.recording.arrived = layout.to_standard(tensor) if site == "v" else self.recording.arrived
-            return tensor
-        if site == "z":
-            self.recording.calls = 1
-            return layout.from_standard(self._z(layout.to_standard(tensor)), tensor)
-        if site in ("rot_q", "rot_k", "v"):
-            self._note(site[-1], layout.to_standard(tensor))
-            return tree_map(lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t, tensor)
-        return tensor
-
-    def _note(self, name: str, tensor: Tensor) -> None:
-        record = self.recording
-        record.shapes[name] = tuple(tensor.shape)
-        record.note(name, tensor)
-        if isinstance(tensor, Labelled):
-            record.labels[name] = tensor.labels[0, :, -1].clone()
-
-    def _z(self, like: Tensor) -> Labelled:
-        """(batch, head, query, d_head), with labels of its own."""
-        return Labelled.make(like.as_subclass(Tensor), z_labels(STANDARD, like))
-
-    def fused(
-        self, kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
-    ) -> Tensor:
-        self.spot("v", value)
-        return kernel(query, key, value, *args, **more)
-
-    @staticmethod
-    def inner(module: nn.Module) -> nn.Module:
-        """A module whose code is rewritten, too."""
-        return module
-
-    def config(self, config: Any) -> Any:
-        return config_view(config, self.recording.family.shows_name)
-
-
-class _Stub:
-    """A projection in the recorded run."""
-
-    def __init__(self, module: nn.Module, name: str, recording: Recording, dtype: torch.dtype, device: torch.device) -> None:
-        self.module, self.name, self.recording, self.dtype, self.device = module, name, recording, dtype, device
-        self.axis = 1 if is_pointwise(module) else -1
-        self.returned = n_returned(type(module).forward)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.axis == 1:
-            return self._apply(x.movedim(1, -1)).movedim(-1, 1)
-        output = self._apply(x)
-        # Some give scales of a quantisation beside it, which only numbers have.
-        return output if self.returned is None else (output, *[None] * (self.returned - 1))
-
-    def _apply(self, x: Tensor) -> Tensor:
-        record = self.recording
-        if isinstance(x, Labelled) and bool((x.labels >= Z * BASE).any()):
-            record.output = (self.name, (x.labels.reshape(-1, x.shape[-1])[-1] - Z * BASE).clone())
-        else:
-            record.without_z.add(self.name)
-            if isinstance(x, Labelled) and 0 <= owner_of(x.labels) < WEIGHT:
-                record.inputs[self.name] = record.owner(int(x.labels.max()))
-        if self.name not in record.projections:
-            record.projections.append(self.name)
-        owner = record.projections.index(self.name)
-        width: Any = self.module.out_channels if self.axis == 1 else projection_width(self.module)
-        record.leads[self.name] = tuple(x.shape[:-1])
-        shape = (*x.shape[:-1], width)
-        if record.give is not None:
-            return record.give(self.name, shape, self.dtype, self.device)
-        value = torch.ones(shape, dtype=self.dtype, device=self.device)
-        return Labelled.make(value, (torch.arange(width) + owner * BASE).expand(shape).contiguous(), record.witness)
-
-
-class _Chain(list[Any]):
-    """A list of modules in the recorded run; called, they run one after another."""
-
-    def __call__(self, x: Any) -> Any:
-        for module in self:
-            x = module(x)
-        return x
+from surgery.stubs import Recording as Recording
+from surgery.stubs import has_hooks as has_hooks
+from surgery.stubs import run_on_stubs
+from surgery.witness import Witness
 
 
 def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
@@ -339,67 +163,6 @@ def _note_output(recording: Recording, output: Any) -> None:
 def _labels_of(output: Any) -> Tensor:
     output = _first(output)
     return output.labels if isinstance(output, Labelled) else torch.empty(0)
-
-
-def run_on_stubs(
-    module: nn.Module, prefix: str, recording: Recording, family: Family | None, arguments: Mapping[str, Any], given: Any = None
-) -> Any:
-    """The output of a module's forward whose projections, and those of its parts, are stubs. given: members to replace."""
-    _, device = type_of(module)
-    devices = [] if device.type in ("cpu", "meta") else [device]
-    # In training a forward would count these numbers in its batch norms; what draws all the same must not move the user's on,
-    # nor what seeds numpy. Nor must autocast, which stubs do not follow, mix the types of what they give with others.
-    plain = torch.autocast(device.type if devices else "cpu", enabled=False)
-    with evaluating(module), plain, keeping_random(devices):
-        view = _view(module, prefix, recording, family, given or {})
-        return type(view).forward(view, **arguments)
-
-
-def _view(module: nn.Module, prefix: str, recording: Recording, family: Family | None, given: Mapping[str, Any]) -> Any:
-    """An object like the module, on a copy of its attributes, whose projections are stubs and which fires no user hooks."""
-    base = type(module)
-    if hasattr(base, "_surgery_base"):
-        base = base._surgery_base
-    dtype, device = type_of(module)
-
-    def getattribute(self: Any, name: str) -> Any:
-        if name in given:
-            return given[name]
-        value = nn.Module.__getattr__(self, name)
-        if isinstance(value, nn.Parameter) and value.dim() > 1 and recording.witness is not None:
-            return recording.witness.weight(value, f"{prefix}{name}")
-        if isinstance(value, nn.Module):
-            return wrap(value, f"{prefix}{name}")
-        return value
-
-    def wrap(value: nn.Module, path: str) -> Any:
-        if is_projection(value) or (is_pointwise(value) and recording.witness is not None):
-            return _Stub(value, path, recording, dtype, device)
-        if isinstance(value, nn.ModuleList | nn.Sequential):
-            return _Chain(wrap(child, f"{path}.{name}") for name, child in value._modules.items() if child is not None)
-        if any(is_projection(child) or has_hooks(child) for child in value.modules()):
-            return _view(value, f"{path}.", recording, None, {})
-        return value
-
-    members: dict[str, Any] = {"__getattr__": getattribute, **(family.members if family else {})}
-    if family is not None and "config" in module.__dict__:
-        shows_name = family.shows_name
-        members["config"] = property(lambda self: config_view(self.__dict__["config"], shows_name))
-    view: Any = object.__new__(type(base.__name__, (base,), members))
-    attributes = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward", "_surgery")}
-    attributes.update({hooks: {} for hooks in HOOKS})
-    # Some forwards set a buffer again, or keep a table in a dictionary: here that must not reach the module.
-    attributes.update({name: dict(value) for name, value in attributes.items() if type(value) is dict})
-    view.__dict__.update(attributes, _surgery=_State(recording))
-    return view
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called around a module's forward."""
-    return "_hf_hook" in module.__dict__ or any(module.__dict__.get(hooks) for hooks in HOOKS)
 
 
 def _first(output: Any) -> Any:

@@ -14,10 +14,10 @@ from surgery.anatomy import Attention
 from surgery.errors import ParityError, describe
 from surgery.evaluation import keeping_buffers
 from surgery.layout import Layout
-from surgery.record import HOOKS
 from surgery.rewrite import Rewriter
 from surgery.samples import sample_arguments
 from surgery.sites import SITES
+from surgery.stubs import HOOKS
 
 
 def verify(attention: Attention) -> None:

@@ -23,8 +23,8 @@ ORDER = [
     "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut
     "surgery.labels", "surgery.layout", "surgery.source", "surgery.steps", "surgery.witness", "surgery.arguments",
-    "surgery.evaluation", "surgery.record", "surgery.inline", "surgery.interface", "surgery.addresses", "surgery.anatomy",
-    "surgery.derive",
+    "surgery.evaluation", "surgery.stubs", "surgery.record", "surgery.inline", "surgery.interface", "surgery.addresses",
+    "surgery.anatomy", "surgery.derive",
     "surgery.reconstruction", "surgery.trace", "surgery.rewrite", "surgery.samples", "surgery.verify", "surgery.masks",
     "surgery.cache",                                                                                      # a model
     "surgery.plan", "surgery.unfused", "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.swap",
