@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from surgery.arguments import Form, type_of
 from surgery.configs import config_view
-from surgery.evaluation import evaluating, keeping_random
+from surgery.evaluation import accelerators, evaluating, keeping_random, keeping_state
 from surgery.family import Family, is_pointwise, is_projection, projection_width
 from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
 from surgery.layout import STANDARD
@@ -203,11 +203,11 @@ def run_on_stubs(
 ) -> Any:
     """The output of a module's forward whose projections, and those of its parts, are stubs. given: members to replace."""
     _, device = type_of(module)
-    devices = [] if device.type in ("cpu", "meta") else [device]
-    # In training a forward would count these numbers in its batch norms; what draws all the same must not move the user's on,
-    # nor what seeds numpy. Nor must autocast, which stubs do not follow, mix the types of what they give with others.
+    devices = accelerators(device)
+    # In training a forward would count these numbers in its batch norms; what draws or keeps some all the same must not move
+    # the user's on. Nor must autocast, which stubs do not follow, mix the types of what they give with others.
     plain = torch.autocast(device.type if devices else "cpu", enabled=False)
-    with evaluating(module), plain, keeping_random(devices):
+    with evaluating(module), plain, keeping_random(devices), keeping_state(module):
         view = _view(module, prefix, recording, family, given or {})
         return type(view).forward(view, **arguments)
 

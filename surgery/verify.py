@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from surgery.anatomy import Attention
+from surgery.arguments import type_of
 from surgery.errors import ParityError, describe
-from surgery.evaluation import keeping_buffers
+from surgery.evaluation import accelerators, keeping_random, keeping_state
 from surgery.layout import Layout
 from surgery.rewrite import Rewriter
 from surgery.samples import sample_arguments
@@ -40,7 +41,7 @@ def verify(attention: Attention) -> None:
             continue
         arguments = {n: _like(module, t) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
         seen: dict[str, torch.Tensor] = {}
-        with torch.no_grad(), torch.random.fork_rng(), _without_hooks(module):
+        with torch.no_grad(), _undisturbed(module):
             torch.manual_seed(0)
             try:
                 expected = rewriter.eager(module, **arguments)[0]
@@ -90,13 +91,12 @@ def _verify_inline(attention: Attention) -> None:
     arguments = {name: _random(value, generator) for name, value in recording.core["arguments"].items()}
     view: Any = object.__new__(type(base.__name__, (base,), dict(inline.methods)))
     seer = _Seer({**inline.layouts, **inline.before})
-    # Some forwards set an attribute: neither run may show it to the other, or to the module.
-    states = [{**module.__dict__, "_surgery": seer}, dict(module.__dict__)]
-    with torch.no_grad(), torch.random.fork_rng(), _without_hooks(module), keeping_buffers(module):
-        outputs = []
-        for state, cls in zip(states, (type(view), base), strict=True):
+    outputs = []
+    for cls, surgery in ((type(view), {"_surgery": seer}), (base, {})):
+        # Some forwards set an attribute, or change one: neither run may show it to the other, or to the module.
+        with torch.no_grad(), _undisturbed(module):
             run: Any = object.__new__(cls)
-            object.__setattr__(run, "__dict__", state)
+            object.__setattr__(run, "__dict__", {**module.__dict__, **surgery})
             torch.manual_seed(0)
             outputs.append([t for t in tree_leaves(cls.forward(run, **arguments)) if isinstance(t, torch.Tensor)])
     what = f"the rewritten forward of {attention.class_name} at {attention.path!r}"
@@ -133,8 +133,14 @@ def _random(value: Any, generator: torch.Generator) -> Any:
 
 
 @contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """The user's hooks fire in forwards, not in our comparison, which leaves no trace in the module or in random numbers."""
+    with _without_hooks(module), keeping_random(accelerators(type_of(module)[1])), keeping_state(module):
+        yield
+
+
+@contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """The user's hooks fire in forwards, not in our comparison."""
     own = [(m, name, m.__dict__[name]) for m in module.modules() for name in HOOKS]
     for m, name, _ in own:
         m.__dict__[name] = {}

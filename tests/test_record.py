@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
@@ -12,8 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from surgery import Edit, PatchError, SpecError, capture, find_anatomy, patch_model
+from surgery import (
+    Edit,
+    PatchError,
+    SpecError,
+    UnsupportedArchitectureError,
+    capture,
+    find_anatomy,
+    patch_model,
+    unpatch_model,
+)
 from surgery.labels import Labelled
+from surgery.weights import W_V
 
 HEADS, D_HEAD, D_MODEL = 3, 4, 12
 
@@ -245,3 +257,106 @@ def test_labels_follow_axes_that_are_changed_in_place() -> None:
     one.transpose_(0, 2)
     assert one.shape == one.labels.shape == (3, 1, 2) and one.labels[2, 0].tolist() == [2, 5]
     assert other.shape == other.labels.shape == (2, 3)
+
+
+class Table(nn.Module):
+    """A live part, no projection: fits itself to the longest sequence that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = 1
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.longest:
+            self.longest, self.scale = x.shape[1], self.scale / x.shape[1]
+        return self.scale
+
+
+def _keep_books(self: Any, x: Tensor) -> Tensor:
+    self.count += 1
+    self.average.data.lerp_(torch.full((), float(np.random.rand())), 0.5)
+    self.log.append(random.random())
+    self.books["lengths"].append(x.shape[1])
+    self.last = x
+    return x * self.table(x)
+
+
+def _open_books(self: Any) -> None:
+    self.table, self.log, self.books = Table(), list[float](), {"lengths": list[int]()}
+    self.register_buffer("count", torch.zeros(()))
+    self.register_buffer("average", torch.zeros(()))
+
+
+class Bookkeeping(Attention):
+    """Keeps all kinds of state in its forward, in evaluation mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL))
+        _open_books(self)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None) -> Tensor:
+        return super().forward(_keep_books(self, hidden_states), attention_mask)
+
+
+class Inline(nn.Module):
+    """An attention that is written out; subclasses change what enters the core, and what leaves the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(D_MODEL, D_MODEL) for _ in range(4))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], HEADS, D_HEAD).transpose(1, 2)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+
+    def output(self, z: Tensor) -> Tensor:
+        return self.o(z.transpose(1, 2).flatten(2))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.inputs(hidden_states)
+        pattern = nn.functional.softmax(q @ k.transpose(-1, -2), dim=-1)
+        return self.output(pattern @ v)
+
+
+class InlineBookkeeping(Inline):
+    def __init__(self) -> None:
+        super().__init__()
+        _open_books(self)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().inputs(_keep_books(self, x))
+        return q * self.count * self.average, k, v
+
+
+class Failing(Bookkeeping):
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None) -> Tensor:
+        super().forward(hidden_states, attention_mask)
+        raise ValueError("not today")
+
+
+@pytest.mark.parametrize("style", [Bookkeeping, InlineBookkeeping, Failing])
+@pytest.mark.parametrize("training", [True, False])
+def test_patching_leaves_what_a_forward_keeps_as_it_was(style: Any, training: bool) -> None:
+    model = nn.ModuleDict({"attention": style()}).train(training)
+    layer = model["attention"]
+    if style is not Failing:
+        layer(torch.randn(2, 2, D_MODEL))  # so that there is something to lose
+    log, buffers = list(layer.log), {name: (b, b.clone()) for name, b in model.named_buffers()}
+    attributes = [(m, {n: v for n, v in vars(m).items() if n != "_surgery"}) for m in model.modules()]
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    if style is Failing:
+        with pytest.raises(UnsupportedArchitectureError, match="not today"):
+            patch_model(model, Edit("v", "zero"))
+    else:
+        unpatch_model(patch_model(model, Edit("v", "zero")))
+        W_V(model, 0)
+    assert layer.log == log and layer.books == {"lengths": [2] * len(log)}
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name][0] and torch.equal(*buffers[name]), name
+    for module, before in attributes:
+        assert vars(module).keys() == before.keys() and all(vars(module)[n] is v for n, v in before.items())
+    assert states[:2] == (random.getstate(), str(np.random.get_state())) and torch.equal(states[2], torch.get_rng_state())
