@@ -145,10 +145,16 @@ class HeadWeights:
     def _input(self, site: str) -> LinearMap:
         projection = self._projection(site)
         matrix, bias = self._rows(projection.path, projection.channels)
-        if site != "v" or "v" not in self.attention.recording.changed:
+        if site != "v":
             return matrix, bias
-        if (behind := scale_and_shift(self.attention)) is None:
-            raise self._nonlinear(projection)
+        try:
+            behind = scale_and_shift(self.attention)
+        except Exception as error:  # of whatever kind a foreign forward raises for numbers that it does not take
+            failed = f"a forward that cannot be run on random numbers ({type(error).__name__}: {error})"
+            raise self._nonlinear(projection, failed) from error
+        if behind is None:
+            what = f"that v is more than a scale and a shift of what {projection.name} gives (a norm, a gate, positions)"
+            raise self._nonlinear(projection, what)
         scale, shift = (t if t is None else t.to(matrix) for t in behind)
         if scale is not None:
             matrix, bias = matrix * scale[:, None], None if bias is None else bias * scale
@@ -184,12 +190,12 @@ class HeadWeights:
             )
         )
 
-    def _nonlinear(self, projection: Projection) -> UnsupportedArchitectureError:
+    def _nonlinear(self, projection: Projection, found: str) -> UnsupportedArchitectureError:
         a = self.attention
         return UnsupportedArchitectureError(
             describe(
                 f"W_V of {self.address} ({a.class_name} at {a.path!r})",
-                f"that v is more than a scale and a shift of what {projection.name} gives (a norm, a gate, positions)",
+                found,
                 "v = x @ W_V + b_V",
                 f'The matrix of {projection.name} itself: pieces(model, "{self.address}", "v").',
             )

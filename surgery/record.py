@@ -92,7 +92,6 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
         standard = witness.layouts[tensor].to_standard(found.as_subclass(Tensor))
         heads = standard.shape[1]
         recording.shapes[site] = tuple(standard.shape)
-        recording.note(site, found)
         if isinstance(found, Labelled):
             labels = witness.layouts[tensor].to_standard(found.labels)[0, :heads]
             # Padding, and rows taken from elsewhere, bear no labels.

@@ -32,8 +32,7 @@ class Recording:
     """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
 
     projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
-    changed: which of q, k and v came to the core otherwise than their projections gave them (normed, scaled, shifted, turned),
-    or may have: on the meta device nothing is seen. form: of the arguments that the forward took.
+    form: of the arguments that the forward took.
     leads: the axes before the channels, by projection. without_z: the projections that read something else than z.
     output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
     returned: what the forward gave.
@@ -48,7 +47,6 @@ class Recording:
     output: tuple[str, Tensor] | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)
     without_z: set[str] = field(default_factory=set)
     calls: int = 0
     returned: Any = None
@@ -60,11 +58,10 @@ class Recording:
     def owner(self, label: int) -> str:
         return self.projections[label // BASE]
 
-    def note(self, name: str, tensor: Tensor) -> None:
-        """Looks whether a tensor still holds the ones that stubs give."""
-        plain = tensor.as_subclass(Tensor)
-        if plain.is_meta or not bool((plain == 1).all()):
-            self.changed.add(name)
+    def exactly(self, value: Any, dtype: torch.dtype) -> Any:
+        """A part of the module as a run on numbers computes with it: where its own type would round, in this one."""
+        is_number = self.give is not None and isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_number and 1 < value.dtype.itemsize < dtype.itemsize else value
 
     def reaches(self, owner: int) -> bool:
         """Whether anything of an owner is in what the forward returned."""
@@ -128,7 +125,6 @@ class _State:
     def _note(self, name: str, tensor: Tensor) -> None:
         record = self.recording
         record.shapes[name] = tuple(tensor.shape)
-        record.note(name, tensor)
         if isinstance(tensor, Labelled):
             record.labels[name] = tensor.labels[0, :, -1].clone()
 
@@ -160,7 +156,7 @@ class _Stub:
         self.returned = n_returned(type(module).forward)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
+        return self.recording.exactly(getattr(self.module, name), self.dtype)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.axis == 1:
@@ -218,11 +214,12 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
     if hasattr(base, "_surgery_base"):
         base = base._surgery_base
     dtype, device = type_of(module)
+    dtype = exact_type(module) if recording.give is not None else dtype
 
     def getattribute(self: Any, name: str) -> Any:
         if name in given:
             return given[name]
-        value = nn.Module.__getattr__(self, name)
+        value = recording.exactly(nn.Module.__getattr__(self, name), dtype)
         if isinstance(value, nn.Parameter) and value.dim() > 1 and recording.witness is not None:
             return recording.witness.weight(value, f"{prefix}{name}")
         if isinstance(value, nn.Module):
@@ -234,7 +231,8 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
             return _Stub(value, path, recording, dtype, device)
         if isinstance(value, nn.ModuleList | nn.Sequential):
             return _Chain(wrap(child, f"{path}.{name}") for name, child in value._modules.items() if child is not None)
-        if any(is_projection(child) or has_hooks(child) for child in value.modules()):
+        is_coarse = any(recording.exactly(t, dtype) is not t for t in (*value.parameters(), *value.buffers()))
+        if is_coarse or any(is_projection(child) or has_hooks(child) for child in value.modules()):
             return _view(value, f"{path}.", recording, None, {})
         return value
 
@@ -249,6 +247,11 @@ def _view(module: nn.Module, prefix: str, recording: Recording, family: Family |
     attributes.update({name: dict(value) for name, value in attributes.items() if type(value) is dict})
     view.__dict__.update(attributes, _surgery=_State(recording))
     return view
+
+
+def exact_type(module: nn.Module) -> torch.dtype:
+    """What a run on numbers computes in, where two numbers count as equal or not: the module's own type may round too much."""
+    return torch.promote_types(type_of(module)[0], torch.float32)
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

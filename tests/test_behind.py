@@ -77,6 +77,47 @@ class Rotated(Plain):
         return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
+class Rectified(Plain):
+    """This, and those below: 1 at every entry stays 1."""
+
+    def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        return v.relu()
+
+
+class Squared(Plain):
+    def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        return v * v
+
+
+class RootMeanSquared(Plain):
+    def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        return nn.functional.rms_norm(v, (D_MODEL,), eps=1e-8)
+
+
+class HeadsMixed(Plain):
+    def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        return (v + v.flip(-1)) / 2
+
+
+class Smoothed(Plain):
+    """Over positions, the same at each if all are alike."""
+
+    def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        return 0.5 * v + 0.5 * v.roll(1, 1)
+
+
+class MeanAdded(Plain):
+    def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        return v + v.mean(dim=1, keepdim=True)
+
+
+class SlightlyMixed(Plain):
+    """By less than bfloat16 would show."""
+
+    def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
+        return v + 1e-3 * v.flip(-1)
+
+
 class Mixed(Plain):
     def changed(self, v: Tensor, hidden_states: Tensor, position_embeddings: Any) -> Tensor:
         return v + v.mean(dim=-1, keepdim=True)
@@ -114,6 +155,26 @@ def test_a_scale_and_a_shift_are_in_the_weights(style: Any, is_patched: bool, bi
     torch.testing.assert_close(ov_circuit(model, 0).A, matrix)
 
 
+@pytest.mark.parametrize("style", [Plain, Biased, Scaled, BatchNormed])
+def test_a_coarse_type_has_the_weights_of_a_fine_one(style: Any) -> None:
+    coarse = build(style).to(torch.bfloat16)
+    fine = build(style).to(torch.bfloat16).double()
+    assert W_V(coarse, 0).dtype == b_V(coarse, 0).dtype == torch.bfloat16  # type: ignore[union-attr]
+    # The scale, the weight and their product are rounded to 8 bits each, and so are the terms of the shift.
+    torch.testing.assert_close(W_V(coarse, 0).double(), W_V(fine, 0), rtol=2**-7, atol=0)
+    torch.testing.assert_close(b_V(coarse, 0).double(), b_V(fine, 0), rtol=0.05, atol=0.02)  # type: ignore[union-attr]
+
+
+def test_a_shift_that_was_zero_when_patched_is_the_one_that_it_is() -> None:
+    model = build(Biased)
+    with torch.no_grad():
+        model["layer"].vector.zero_()
+    patch_model(model)
+    with torch.no_grad():
+        model["layer"].vector.normal_()
+    assert torch.equal(b_V(model, 0).flatten(), model["layer"].v.bias + model["layer"].vector)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("style", [Plain, Biased])
 def test_without_a_scale_the_weight_is_the_parameter_itself(style: Any) -> None:
     model = build(style)
@@ -137,9 +198,13 @@ def test_they_are_read_as_they_are_now_and_have_gradients() -> None:
         assert torch.equal(W_V(normed, 0), W_V(normed, 0))
 
 
-@pytest.mark.parametrize("style", [Normed, Gated, Residual, Rotated, Mixed])
-def test_what_is_no_scale_and_shift_is_refused(style: Any) -> None:
-    model = build(style)
+REFUSED = [Normed, Gated, Residual, Rotated, Mixed, Rectified, Squared, RootMeanSquared, HeadsMixed, Smoothed, MeanAdded]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("style", [*REFUSED, SlightlyMixed])
+def test_what_is_no_scale_and_shift_is_refused(style: Any, dtype: torch.dtype) -> None:
+    model = build(style).to(dtype)
     for read in (W_V, b_V, ov_circuit):
         with pytest.raises(
             UnsupportedArchitectureError, match=r"W_V of self\.0.*more than a scale and a shift of what v gives"

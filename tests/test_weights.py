@@ -169,6 +169,10 @@ def test_the_checks_can_fail(site: str, monkeypatch: pytest.MonkeyPatch) -> None
     projection = anatomy[1].projections[site]
     anatomy[1].projections[site] = Projection(projection.owner, projection.name, projection.channels.flip(0))
     monkeypatch.setattr("surgery.heads.anatomy_of", lambda model, strict: anatomy)
+    if site == "v":
+        with pytest.raises(UnsupportedArchitectureError, match="more than a scale and a shift"):
+            head_weights(model, 1).W_V  # noqa: B018 (which looks itself)
+        monkeypatch.setattr("surgery.heads.scale_and_shift", lambda attention: (None, None))
     broken = ("llama", model, anatomy, Watched(family, model, anatomy))
     with pytest.raises(AssertionError):
         (test_only_its_own_pattern_reads_a_heads_q_and_k if site in "qk" else test_z_and_output)(broken)
