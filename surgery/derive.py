@@ -113,7 +113,12 @@ def _examine(
     (_, heads, _, d_head), (_, kv_heads, _, _), (_, _, _, d_value) = (found.shapes[n] for n in "qkv")
     if heads % kv_heads:
         raise UnsupportedArchitectureError(
-            describe(f"{paths[0]!r}", f"{heads} heads over {kv_heads} kv heads", "a whole number of heads per kv head", "")
+            describe(
+                f"{paths[0]!r}",
+                f"{heads} heads over {kv_heads} kv heads",
+                "a whole number of heads per kv head",
+                "Describe the class in a file in patches/.",
+            )
         )
     core_groups, kv_heads = heads // kv_heads, _distinct(found, kv_heads)
     attention = Attention(

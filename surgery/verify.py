@@ -84,7 +84,7 @@ def _verify_inline(attention: Attention) -> None:
     module, inline, recording = attention.module, attention.family.inline, attention.recording
     # Of the class, too: another may have the same code in its base, and more around it.
     base = getattr(type(module), "_surgery_base", type(module))
-    key = (base, inline.code, attention.heads, attention.kv_heads, attention.d_head, attention.d_value)
+    key = (base, inline.code, attention.heads, attention.kv_heads, attention.d_head, attention.d_value, _settings(module))
     if key in _VERIFIED or any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return
     generator = torch.Generator().manual_seed(0)
@@ -180,6 +180,14 @@ def _standard(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
         "pattern": matrix,
         "z": (batch, heads, queries, d_value),
     }
+
+
+def _settings(module: nn.Module) -> frozenset[tuple[str, Any]]:
+    """What else decides which branch a forward takes; layers differ in their number alone."""
+    own = {
+        n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str) and n not in ("layer_idx", "layer_id")
+    }
+    return frozenset(own.items())
 
 
 _VERIFIED: set[tuple[Any, ...]] = set()
