@@ -146,6 +146,9 @@ def _derive_input(attention: Attention, site: str) -> None:
     if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
         attention.why[site] = f"{site} does not come from a projection by views and elementwise arithmetic alone"
         return
+    if site in attention.recording.several:
+        attention.why[site] = attention.recording.several[site]
+        return
     channels = labels.remainder(BASE)
     if bool((labels >= WEIGHT * BASE).any()):
         attention.why[site] = f"{site} is a parameter"
@@ -198,6 +201,9 @@ def _derive_output(model: nn.Module, attention: Attention) -> None:
         return
     if not recording.ends_in(name):
         attention.why["o"] = f"{name}, which reads z, is not the last map before the output"
+        return
+    if recording.fate == "changed":
+        attention.why["o"] = f"what {name} gives is scaled, gated or normed before it is the output"
         return
     recording.shapes.setdefault("q", attention.recording.shapes["q"])
     batch_axes = recording.batch_axes(name, "q")

@@ -123,7 +123,7 @@ class HeadWeights:
         attention, labels = self.attention, self.attention.recording.labels.get(site)
         if site not in ("q", "k", "v"):
             raise SpecError(describe("pieces", f"site {site!r}", "'q', 'k' or 'v'", "W_O has one piece."))
-        if labels is None or labels.dim() != 2 or bool((labels < 0).any()):
+        if labels is None or labels.dim() != 2 or bool((labels < 0).any()) or site in attention.recording.several:
             raise self._underived(site, "")
         labels = labels if site == "q" else labels[:: labels.shape[0] // attention.kv_heads]
         owners = labels.div(BASE, rounding_mode="floor")

@@ -1,12 +1,13 @@
 """Tensors that carry channel numbers through a forward: structure acts on the labels as on the values.
 
 Views, splits, permutations and joins move labels; elementwise arithmetic (positions, norms, scaling) hands on those of its
-first labelled operand; products and sums of two projections lose them.
+first labelled operand; products and sums of two projections lose them, and so does whatever is not known to be one of these.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,14 +34,36 @@ _STRUCTURAL = _names(
     "unflatten squeeze unsqueeze expand broadcast_to movedim swapaxes narrow select repeat repeat_interleave tile clone "
     "expand_as view_as reshape_as unfold t flip roll index_select tensor_split hsplit swapdims moveaxis copy_ __setitem__"
 )
+_CHOOSING = _names("gather take_along_dim")
+"""Structural, if which entries they take is not itself made of labelled tensors."""
 _RESHAPED = _names("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_")
 """Those that give a tensor other axes in place."""
 _SUMS = _names("add add_ sub sub_ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__")
+_ADDITIONS = _names("add add_ __add__ __radd__ __iadd__")
 _REDUCING = _names("mean sum amax")
 """Over axes of one entry these are views."""
 
-_FRESH = _names("new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like")
-_MIXING = _names("linear matmul mm bmm addmm baddbmm einsum tensordot bilinear conv1d conv2d __matmul__ __rmatmul__")
+_CASTS = _names("to type type_as float double half bfloat16 cfloat cdouble cpu cuda detach detach_ data requires_grad_ __get__")
+_PLACED = _CASTS | _names(
+    "dropout dropout_ feature_dropout alpha_dropout dropout1d dropout2d dropout3d softmax softmax_ _softmax log_softmax "
+    "normalize layer_norm rms_norm batch_norm group_norm instance_norm divide multiply subtract truediv rtruediv itruediv "
+    "rdiv idiv rpow tril tril_ triu triu_ hardswish float_power index_fill index_fill_ apply_"
+)
+"""Norms, and elementwise functions under other names than the ones in which torch says that they are: each entry stays in its
+place."""
+
+
+@functools.cache
+def stays_in_place(name: str) -> bool:
+    """Whether a function of one tensor and numbers, or of several by their entries, gives every entry where it was given."""
+    bare = name.removeprefix("__").removesuffix("__") if name.startswith("__") else name
+    if bare in _PLACED:
+        return True
+    for known in (bare, bare.rstrip("_"), *([bare[1:]] if name.startswith("__") and bare[0] in "ri" else [])):
+        packet = getattr(torch.ops.aten, known, None)
+        if packet is not None and any(torch.Tag.pointwise in getattr(packet, form).tags for form in packet.overloads()):
+            return True
+    return False
 
 
 def _first_of_pairs(labels: Tensor) -> Tensor:
@@ -56,6 +79,9 @@ def _both_of_pairs(labels: Tensor) -> Tensor:
 _PAIRS = {"view_as_complex": _first_of_pairs, "view_as_real": _both_of_pairs}
 
 
+Fate = Literal["given", "added", "changed"]
+
+
 class Watcher(Protocol):
     """Sees every function of labelled tensors, and may give its result other labels."""
 
@@ -65,9 +91,14 @@ class Watcher(Protocol):
 
 
 class Labelled(Tensor):
-    """A tensor with a label for each entry. Values do not matter; shapes and labels do."""
+    """A tensor with a label for each entry. Values do not matter; shapes and labels do.
+
+    fate: what has been done with what a projection gave: "given" (as it was, but for views and dropout); "added" to something
+    that bears no labels, and whatever after that; "changed" (scaled, gated, normed), before anything was added.
+    """
 
     labels: Tensor
+    fate: Fate = "given"
     watcher: Watcher | None = None
 
     @staticmethod
@@ -84,6 +115,12 @@ class Labelled(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             given = [a for a in _flat((args, kwargs)) if isinstance(a, Labelled)]
             out = cls._run(func, name, args, kwargs, given)
+            fate = _fate(name, kwargs, given)
+            # Also of what is changed in place.
+            is_in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
+            for result in (*_flat(out), *(args[:1] if is_in_place else ())):
+                if isinstance(result, Labelled):
+                    result.fate = fate
             watcher = next((a.watcher for a in given if a.watcher is not None), None)
             if watcher is not None:
                 # Also what bears no labels must be known to the watcher by what it was made of.
@@ -107,6 +144,7 @@ class Labelled(Tensor):
         plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
         out = func(*plain[0], **plain[1])
         is_structural = name in _STRUCTURAL and func is not torch.nn.functional.unfold
+        is_structural |= name in _CHOOSING and len(given) == 1 and given[0] is args[0]
         if is_structural or (name == "__get__" and isinstance(out, Tensor)):
             labels = tree_map(_labels, (args, kwargs))
             return _attach(out, func(*labels[0], **labels[1]))
@@ -117,9 +155,17 @@ class Labelled(Tensor):
             return Labelled.make(out, _PAIRS[name](args[0].labels))
         if name in _REDUCING and isinstance(out, Tensor) and out.numel() == given[0].numel():
             return Labelled.make(out, given[0].labels.reshape(out.shape))
-        if name in _FRESH or name in _MIXING:
-            return Labelled.make(out, torch.full(out.shape, -1))
+        if not stays_in_place(name):
+            return tree_map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if isinstance(o, Tensor) else o, out)
         return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
+
+
+def _fate(name: str, kwargs: dict[str, Any], given: list[Labelled]) -> Fate:
+    fates = {tensor.fate for tensor in given if tensor.fate != "given" and owner_of(tensor.labels) >= 0}
+    before = next((fate for fate in ("changed", "added") if fate in fates), "given")
+    if before != "given" or name in _CASTS | _STRUCTURAL | _RESHAPED | _REDUCING | {"pad"} | _CHOOSING or "dropout" in name:
+        return before  # type: ignore[return-value]
+    return "added" if name in _ADDITIONS and kwargs.get("alpha", 1) == 1 else "changed"
 
 
 def _flat(tree: Any) -> list[Any]:

@@ -93,10 +93,7 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
         heads = standard.shape[1]
         recording.shapes[site] = tuple(standard.shape)
         if isinstance(found, Labelled):
-            labels = witness.layouts[tensor].to_standard(found.labels)[0, :heads]
-            # Padding, and rows taken from elsewhere, bear no labels.
-            full = [n for n in range(labels.shape[1]) if not bool((labels[:, n] < 0).any())]
-            recording.labels[site] = labels[:, full[-1] if full else -1].clone()
+            recording.note(site, witness.layouts[tensor].to_standard(found.labels)[:, :heads])
     _note_output(recording, output)
     return recording, [witness, *others]
 
@@ -148,20 +145,17 @@ def record_parent(parent: nn.Module, child: str, recording: Recording) -> Record
         except Exception as error:  # of whatever kind a foreign forward raises for arguments that it does not take
             failures.append(error.with_traceback(None))
             continue
-        found.labels["output"] = _labels_of(output)
+        _note_output(found, output)
         return found
     raise failures[0]
 
 
 def _note_output(recording: Recording, output: Any) -> None:
+    first = _first(output)
     recording.returned = output
-    recording.shapes["output"] = tuple(_first(output).shape)
-    recording.labels["output"] = _labels_of(output)
-
-
-def _labels_of(output: Any) -> Tensor:
-    output = _first(output)
-    return output.labels if isinstance(output, Labelled) else torch.empty(0)
+    recording.shapes["output"] = tuple(getattr(first, "shape", ()))
+    recording.labels["output"] = first.labels if isinstance(first, Labelled) else torch.empty(0)
+    recording.fate = first.fate if isinstance(first, Labelled) else "given"
 
 
 def _first(output: Any) -> Any:

@@ -18,7 +18,7 @@ from surgery.arguments import Form, type_of
 from surgery.configs import config_view
 from surgery.evaluation import accelerators, evaluating, keeping_random, keeping_state
 from surgery.family import Family, is_pointwise, is_projection, projection_width
-from surgery.labels import BASE, WEIGHT, Labelled, Z, owner_of
+from surgery.labels import BASE, WEIGHT, Fate, Labelled, Z, owner_of
 from surgery.layout import STANDARD
 from surgery.source import n_returned
 from surgery.witness import z_labels
@@ -29,13 +29,13 @@ Give = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 @dataclass
 class Recording:
-    """What one run showed. Labels: (head, d) as arrived, for one batch row and the last position.
+    """What one run showed. Labels: (head, d) as arrived, at one position; several: the sites where others differ, and how.
 
     projections: names of the projections met, in the order of their owner numbers. core: mask and keywords of the core call.
     form: of the arguments that the forward took.
     leads: the axes before the channels, by projection. without_z: the projections that read something else than z.
     output: the projection that read z, and which entry of z (head * d_value + d) each of its inputs is.
-    returned: what the forward gave.
+    returned: what the forward gave; fate: what became of what the last projection gave, up to there.
     give: what stubs give in place of labelled ones; arrived: the core's v, kept in such a run.
     """
 
@@ -43,11 +43,13 @@ class Recording:
     projections: list[str] = field(default_factory=list)
     core: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, Tensor] = field(default_factory=dict)
+    several: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     output: tuple[str, Tensor] | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     leads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     without_z: set[str] = field(default_factory=set)
+    fate: Fate = "given"
     calls: int = 0
     returned: Any = None
     witness: Any = None
@@ -57,6 +59,20 @@ class Recording:
 
     def owner(self, label: int) -> str:
         return self.projections[label // BASE]
+
+    def note(self, site: str, labels: Tensor) -> None:
+        """Keeps what one position of a site is made of. labels: (batch, head, position, d)."""
+        rows = labels.transpose(1, 2).flatten(0, 1)
+        # Padding, and rows taken from elsewhere, bear no labels.
+        full = rows[(rows >= 0).flatten(1).all(dim=1)]
+        self.labels[site] = (full[-1] if len(full) else rows[-1]).clone()
+        if len(full) and bool((full != full[-1]).any()):
+            owners = dict.fromkeys(full.div(BASE, rounding_mode="floor").flatten().tolist())
+            whose = " and ".join(self.name_of(owner) for owner in owners)
+            self.several[site] = f"{site} comes from other channels at other positions (of {whose})"
+
+    def name_of(self, owner: int) -> str:
+        return self.projections[owner] if owner < len(self.projections) else "a parameter"
 
     def exactly(self, value: Any, dtype: torch.dtype) -> Any:
         """A part of the module as a run on numbers computes with it: where its own type would round, in this one."""
@@ -126,7 +142,7 @@ class _State:
         record = self.recording
         record.shapes[name] = tuple(tensor.shape)
         if isinstance(tensor, Labelled):
-            record.labels[name] = tensor.labels[0, :, -1].clone()
+            record.note(name, tensor.labels)
 
     def _z(self, like: Tensor) -> Labelled:
         """(batch, head, query, d_head), with labels of its own."""

@@ -24,8 +24,8 @@ from surgery import (
     patch_model,
     unpatch_model,
 )
-from surgery.labels import Labelled
-from surgery.weights import W_V
+from surgery.labels import Labelled, stays_in_place
+from surgery.weights import W_V, b_V, pieces
 
 HEADS, D_HEAD, D_MODEL = 3, 4, 12
 
@@ -360,3 +360,191 @@ def test_patching_leaves_what_a_forward_keeps_as_it_was(style: Any, training: bo
     for module, before in attributes:
         assert vars(module).keys() == before.keys() and all(vars(module)[n] is v for n, v in before.items())
     assert states[:2] == (random.getstate(), str(np.random.get_state())) and torch.equal(states[2], torch.get_rng_state())
+
+
+def inline_model(style: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"attention": style()}).eval()
+
+
+class Gathered(Inline):
+    """Heads in the reverse order, by a function that gives a tensor of the same shape."""
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().inputs(x)
+        order = torch.arange(HEADS).flip(0).view(1, -1, 1, 1)
+        return q.gather(1, order.expand(q.shape)), k.take_along_dim(order, 1), v
+
+
+class Shuffled(Inline):
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().inputs(x)
+        return nn.functional.channel_shuffle(q.transpose(1, 3), 2).transpose(1, 3), k, v.sort(-1).values
+
+
+class OutputGathered(Inline):
+    def output(self, z: Tensor) -> Tensor:
+        return super().output(z.gather(1, torch.arange(HEADS).flip(0).view(1, -1, 1, 1).expand(z.shape)))
+
+
+def test_labels_move_with_what_is_gathered() -> None:
+    reverse = torch.arange(HEADS * D_HEAD).view(HEADS, D_HEAD).flip(0)
+    projections = find_anatomy(inline_model(Gathered)).attentions[0].projections
+    assert torch.equal(projections["q"].channels, reverse) and torch.equal(projections["k"].channels, reverse)
+    assert torch.equal(find_anatomy(inline_model(OutputGathered)).attentions[0].projections["o"].channels, reverse)
+    model = patch_model(inline_model(Gathered), Edit("q", "zero", heads=[0]))
+    with capture(model, "rot_q") as run:
+        model["attention"](torch.randn(2, 6, D_MODEL))
+    assert [bool((run[0, "rot_q"][:, head] == 0).all()) for head in range(HEADS)] == [True, False, False]
+
+
+def test_labels_do_not_pass_through_what_may_permute_them() -> None:
+    attention = find_anatomy(inline_model(Shuffled)).attentions[0]
+    assert set(attention.projections) == {"k", "o"}
+    for site in "qv":
+        assert attention.why[site] == f"{site} does not come from a projection by views and elementwise arithmetic alone"
+    with pytest.raises(SpecError, match=r"site 'q': q does not come from a projection.*Use site 'rot_q'"):
+        patch_model(inline_model(Shuffled), Edit("q", "zero", heads=[0]))
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "mul_", "__rtruediv__", "__ipow__", "masked_fill", "where", "tanh", "layer_norm", "to", "dropout", "clamp"]
+)
+def test_elementwise_functions_are_known(name: str) -> None:
+    assert stays_in_place(name)
+
+
+@pytest.mark.parametrize("name", ["channel_shuffle", "sort", "cumsum", "scatter", "linear"])
+def test_other_functions_are_not_elementwise(name: str) -> None:
+    assert not stays_in_place(name)
+
+
+class WithMemory(Inline):
+    """Keys and values of a memory come before those of the sequence, from projections of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory_k, self.memory_v = nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL)
+        self.memory = nn.Parameter(torch.randn(1, 5, D_MODEL))
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().inputs(x)
+        memory = self.memory.expand(len(x), -1, -1)
+        k, v = (torch.cat([self.heads(p(memory)), own], dim=2) for p, own in ((self.memory_k, k), (self.memory_v, v)))
+        return q, k, v
+
+
+class InterfaceWithMemory(Attention):
+    """The same behind transformers' interface."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL))
+        self.memory_k, self.memory_v = nn.Linear(D_MODEL, D_MODEL), nn.Linear(D_MODEL, D_MODEL)
+        self.memory = nn.Parameter(torch.randn(1, 5, D_MODEL))
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None) -> Tensor:
+        shape, memory = (len(hidden_states), -1, HEADS, D_HEAD), self.memory.expand(len(hidden_states), -1, -1)
+        q = self.heads(self.q(hidden_states), shape)
+        k = torch.cat([self.heads(p(x), shape) for p, x in ((self.memory_k, memory), (self.k, hidden_states))], dim=2)
+        v = torch.cat([self.heads(p(x), shape) for p, x in ((self.memory_v, memory), (self.v, hidden_states))], dim=2)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        z, _ = attend(self, q, k, v, attention_mask)
+        return self.o(z.reshape(hidden_states.shape))
+
+
+@pytest.mark.parametrize("style", [WithMemory, InterfaceWithMemory])
+def test_positions_from_several_projections_are_of_neither(style: Any) -> None:
+    model = inline_model(style)
+    attention = find_anatomy(model).attentions[0]
+    assert set(attention.projections) == {"q", "o"}
+    for site in "kv":
+        assert attention.why[site] == f"{site} comes from other channels at other positions (of memory_{site} and {site})"
+    with pytest.raises(SpecError, match=r"site 'k': k comes from other channels at other positions.*Use site 'rot_k'"):
+        patch_model(model, Edit("k", "zero", heads=[0]))
+    with pytest.raises(UnsupportedArchitectureError, match="v comes from other channels at other positions"):
+        W_V(model, 0)
+    with pytest.raises(UnsupportedArchitectureError, match="k comes from other channels at other positions"):
+        pieces(model, 0, "k")
+
+
+class WithBiasRow(Inline):
+    """One key and value more that is no projection's, as in torch's own attention with bias_k and bias_v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(D_HEAD))
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().inputs(x)
+        row = self.bias.expand(len(x), HEADS, 1, D_HEAD)
+        return q, torch.cat([row, k], dim=2), nn.functional.pad(v, (0, 0, 0, 1))
+
+
+def test_padding_and_rows_of_no_projection_leave_the_others_theirs() -> None:
+    model, x = inline_model(WithBiasRow), torch.randn(2, 6, D_MODEL)
+    assert set(find_anatomy(model).attentions[0].projections) == {"q", "k", "v", "o"}
+    with capture(model, "v") as run:
+        model["attention"](x)
+    v = x[:, None] @ W_V(model, 0) + b_V(model, 0)[:, None]  # type: ignore[index]
+    # Values of order 1 in float32, summed over 12 channels in another order.
+    torch.testing.assert_close(run[0, "v"][:, :, :-1], v, rtol=1e-5, atol=1e-6)
+
+
+class Halved(Inline):
+    def output(self, z: Tensor) -> Tensor:
+        return 0.5 * super().output(z)
+
+
+class HalvedInPlace(Inline):
+    def output(self, z: Tensor) -> Tensor:
+        out = super().output(z)
+        out.mul_(0.5)
+        return out
+
+
+class LayerScaled(Inline):
+    """By a parameter that is one until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(D_MODEL))
+
+    def output(self, z: Tensor) -> Tensor:
+        return super().output(z) * self.scale
+
+
+class OutputGated(LayerScaled):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.inputs(hidden_states)
+        out = self.output(nn.functional.softmax(q @ k.transpose(-1, -2), dim=-1) @ v)
+        return hidden_states + out
+
+    def output(self, z: Tensor) -> Tensor:
+        return nn.functional.layer_norm(Inline.output(self, z), (D_MODEL,))
+
+
+class PostNormed(OutputGated):
+    """The residual stream is added and then normed: what the attention adds to it is still what its heads add up to."""
+
+    def output(self, z: Tensor) -> Tensor:
+        return nn.functional.dropout(Inline.output(self, z), 0.1, self.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.layer_norm(super().forward(hidden_states), (D_MODEL,))
+
+
+@pytest.mark.parametrize("style", [Halved, HalvedInPlace, LayerScaled, OutputGated])
+def test_an_output_that_is_changed_behind_its_projection_has_no_result(style: Any) -> None:
+    model = inline_model(style)
+    reason = "what o gives is scaled, gated or normed before it is the output"
+    assert find_anatomy(model).attentions[0].why == {"o": reason}
+    with pytest.raises(SpecError, match=rf"site 'result': {reason}.*Use site 'z'"):
+        patch_model(model, Edit("result", "zero"))
+
+
+def test_what_is_done_to_the_residual_stream_leaves_the_result() -> None:
+    model, x = inline_model(PostNormed), torch.randn(2, 6, D_MODEL)
+    with capture(model, "result") as run:
+        output = model["attention"](x)
+    total = x + run[0, "result"].sum(1) + model["attention"].o.bias
+    torch.testing.assert_close(nn.functional.layer_norm(total, (D_MODEL,)), output)
