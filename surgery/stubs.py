@@ -135,6 +135,8 @@ class _State:
             return layout.from_standard(self._z(layout.to_standard(tensor)), tensor)
         if site in ("rot_q", "rot_k", "v"):
             self._note(site[-1], layout.to_standard(tensor))
+            # Whoever writes a forward out knows which rows are of other projections.
+            self.recording.several.pop(site[-1], None)
             return tree_map(lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t, tensor)
         return tensor
 
