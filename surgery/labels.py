@@ -156,7 +156,8 @@ class Labelled(Tensor):
         if name in _REDUCING and isinstance(out, Tensor) and out.numel() == given[0].numel():
             return Labelled.make(out, given[0].labels.reshape(out.shape))
         if not stays_in_place(name):
-            return tree_map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if isinstance(o, Tensor) else o, out)
+            # Indices stay what they are: labels are moved by them.
+            return tree_map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if _is_float(o) else o, out)
         return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
 
 
@@ -166,6 +167,10 @@ def _fate(name: str, kwargs: dict[str, Any], given: list[Labelled]) -> Fate:
     if before != "given" or name in _CASTS | _STRUCTURAL | _RESHAPED | _REDUCING | {"pad"} | _CHOOSING or "dropout" in name:
         return before  # type: ignore[return-value]
     return "added" if name in _ADDITIONS and kwargs.get("alpha", 1) == 1 else "changed"
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _flat(tree: Any) -> list[Any]:
