@@ -94,8 +94,7 @@ def first(output: Any) -> Any:
 def by_hand(layer: Any, x: Tensor, mask: Any = None, cuts: Cuts | None = None) -> dict[str, Tensor]:
     """Every site, and the output, by the formula, with changes of the tensors at sites."""
     seen: dict[str, Tensor] = {}
-    sign = -1 if isinstance(layer, styles.Extended) else 1
-    x = sign * x
+    x = -x if isinstance(layer, styles.Extended) else x
 
     def at(site: str, tensor: Tensor) -> Tensor:
         tensor = (cuts or {}).get(site, lambda t: t)(tensor)
@@ -125,7 +124,7 @@ def by_hand(layer: Any, x: Tensor, mask: Any = None, cuts: Cuts | None = None) -
     z = at("z", torch.einsum("bhqk,bhkd->bhqd", pattern, full_v))
     heads = layer.o.weight.T.view(HEADS, WIDTH, D_MODEL)
     result = at("result", torch.einsum("bhqd,hdm->bhqm", z, heads))
-    seen["output"] = sign * (result.sum(1) + layer.o.bias)
+    seen["output"] = result.sum(1) + layer.o.bias
     return seen
 
 
