@@ -74,8 +74,8 @@ class Witness:
         elif name in ("softmax", "_softmax", "softmax_"):
             if PATTERN <= owner_of(given[0].labels) < Z:
                 raise Defeat("a second softmax, over the pattern", step.place)
-            if owner_of(given[0].labels) < 0 and self.products:
-                self.lost = step
+            if owner_of(given[0].labels) < 0 and (self.products or self.projections):
+                self.lost = step  # q and k may have gone through something that labels do not follow
             elif owner_of(given[0].labels) < SCORES:
                 self.normed_first = self.normed_first and not self.products
                 self.normed = step

@@ -114,6 +114,15 @@ class LogSoftmax(Own):
         return self.merged(torch.log_softmax(q @ k.mT, -1).exp() @ v)
 
 
+class Shuffled(Own):
+    """What labels do not follow: channels in another order than the function's name says."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.parts(hidden_states)
+        q, k = (nn.functional.channel_shuffle(t, 2) for t in (q, k))
+        return self.merged(torch.softmax(q @ k.mT, -1) @ v)
+
+
 class InChunks(Own):
     """Queries four at a time: a run on few tokens does not show the loop."""
 
@@ -194,6 +203,13 @@ def test_a_softmax_in_parts_is_refused_and_not_passed_over(cls: Any) -> None:
         UnsupportedArchitectureError, match=rf"'1' \({cls.__name__}\): found a softmax that is written out in parts"
     ):
         patch_model(model_of(ImportsInForward, cls), Freeze("qk"))
+
+
+def test_q_and_k_that_cannot_be_followed_are_refused_and_not_passed_over() -> None:
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'1' \(Shuffled\): found a softmax over what cannot be followed back"
+    ):
+        patch_model(model_of(ImportsInForward, Shuffled), Freeze("qk"))
 
 
 @torch.no_grad()
