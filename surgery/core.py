@@ -76,6 +76,7 @@ class Surgery:
         self.config_view: Any = None
         self.where = Where()
         self.queries = 0
+        self.rows: dict[str, int] = {}
         self.call: tuple[Any, Any] = (None, None)
         self.reached: set[str] = set()
         self.awaited: set[str] = set()
@@ -141,9 +142,9 @@ class Surgery:
             is_filled = self.is_cross and cache is not None and is_updated(cache, layer)
             self.awaited = self.expected - {"k"} if is_filled else self.expected
             self.where = Where(is_cross=self.is_cross)
+            self.queries, self.rows = n_queries(args, kwargs, self.query_axis), {}
             if cache is not None and self.needs_position:
                 self._check_joined()
-                self.queries = n_queries(args, kwargs, self.query_axis)
                 path = self.path if self.cuts_by_position else ""
                 found = offsets(cache, layer, self.is_cross, self.queries, path)
                 call = None if torch.compiler.is_compiling() else model_call()
@@ -238,7 +239,7 @@ class Surgery:
             self.reached.add(site)
             return tensor
         inline = self.family.inline
-        if site in self.reached and not inline.is_written:
+        if site in self.reached and not inline.is_written and self.rows.get(site, 0) < self.queries:
             raise SurgeryError(
                 describe(
                     f"{self.path!r}",
@@ -249,6 +250,7 @@ class Surgery:
             )
         layout = layout or inline.before.get(site) or inline.layouts[site]
         standard = layout.to_standard(tensor)
+        self.rows.setdefault(site, standard.shape[2])
         if site not in ("rot_q", "z"):
             self._place_keys(self.queries, standard.shape[3 if SITES[site].is_matrix else 2])
         if site == "scores":

@@ -44,6 +44,8 @@ class Witness:
         self.main: Product | None = None
         self.values: Product | None = None
         self.fused: Step | None = None
+        self.part: Step | None = None
+        self.is_part_used = False
         self.chosen, self.n_softmaxes = chosen, 0
         self.second: Step | None = None
         self.lost: Step | None = None
@@ -82,7 +84,7 @@ class Witness:
             elif SCORES <= owner_of(given[0].labels) < PATTERN:
                 self._normed(step, given[0], out, args, kwargs)
         elif name in _PARTS and self.softmax is None and SCORES <= owner_of(given[0].labels) < PATTERN:
-            raise Defeat(f"a softmax that is written out in parts ({name} of scores)", step.place)
+            self.part = self.part or step
         elif name == "scaled_dot_product_attention":
             self._fused(step, args, kwargs, out)
         elif "dropout" in name and PATTERN <= owner_of(given[0].labels) < Z:
@@ -106,6 +108,7 @@ class Witness:
         owners = [owner_of(t.labels) if isinstance(t, Labelled) else -1 for t in factors]
         if min(first.dim(), second.dim()) < 2 or max(owners) < 0:
             return None
+        self.is_part_used = self.part is not None
         axes = letters(step.name, args[0] if step.name == "einsum" else None, first, second)
         owned = [WEIGHT <= owner < SCORES for owner in owners]
         if any(owned) and owners[1 - owned.index(True)] < 0:
@@ -283,6 +286,9 @@ class Witness:
                 used = {owner_of(t.labels) for t in self.main.factors if isinstance(t, Labelled)}
                 reason = "a softmax over q k^T that no product with values follows"
                 raise Defeat(reason, self.softmax.place, is_other=len(used) == len(self.projections))
+            if self.part is not None:
+                reason = f"a softmax that is written out in parts ({self.part.name} of scores)"
+                raise Defeat(reason, self.part.place, is_other=not self.is_part_used)
             if self.lost is not None:
                 raise Defeat("a softmax over what cannot be followed back to a product of q and k", self.lost.place)
             if self.normed is not None:

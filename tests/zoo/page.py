@@ -29,7 +29,8 @@ tests are `pytest tests/test_zoo.py --zoo all`; this page comes from `python -m 
 Of every type that is patched, but for what the table of failures says, holds:
 
 * without cuts the forward equals the unpatched model's bit for bit, loaded as eager and, where the family has it, as sdpa; in
-  training with dropout, too, and so do the gradients; `kernel="eager"` on the sdpa model equals the eager model bit for bit;
+  training with dropout, too, and so do the gradients; `kernel="eager"` on the sdpa model equals the eager model bit for bit (to
+  rounding where the family's eager classes call a fused kernel themselves);
 * capturing every site changes no output, and leaves what the model returns as attentions and hidden states as it is;
 * each site of each attention that runs is live: an edit there changes what the model, or at least the attention, gives;
 * a QK and an OV freeze of one head equal zeroing that head's q and z by torch's own hooks in the unpatched model, where it has
