@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, FSMTConfig, FSMTForConditionalGeneration, GPT2Config, GPT2Model
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    DynamicCache,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    GPT2Config,
+    GPT2Model,
+    HrmTextConfig,
+    HrmTextForCausalLM,
+    LukeConfig,
+    LukeModel,
+)
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
@@ -359,3 +371,115 @@ def test_positions_of_queries_that_come_first_axis_and_by_another_name() -> None
             cache = out.past_key_values
             steps.append(out.logits[:, -1:])
         torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def looks_back(model: Any, address: str, **given: Any) -> Tensor:
+    """Where each query of the pattern "previous" looks: the position before its own."""
+    with patched(model, Edit("pattern", "previous", layers=[address])), capture(model, ["pattern"], layers=[address]) as run:
+        model(**given)
+    return run[address, "pattern"][0, 0].argmax(-1)
+
+
+@torch.no_grad()
+def test_positions_of_keys_that_another_layer_keeps() -> None:
+    """Gemma 3n's last layers read the keys of earlier ones; those of a sliding layer are more than its window in a prefill."""
+    from transformers import Gemma3nTextConfig, Gemma3nTextModel
+
+    config = Gemma3nTextConfig(
+        vocab_size=50, vocab_size_per_layer_input=50, hidden_size=32, hidden_size_per_layer_input=8, intermediate_size=40,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=8, laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, activation_sparsity_pattern=[0.0] * 4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = Gemma3nTextModel(config).eval(), torch.arange(5, 18)[None]
+    expected = [0, *range(12)]
+    for layer in range(4):
+        for use_cache in (False, True):
+            assert looks_back(model, f"self.{layer}", input_ids=ids, use_cache=use_cache).tolist() == expected, (
+                layer,
+                use_cache,
+            )
+
+
+class Cached(Own):
+    """Its layer number has a name of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden_states: Tensor, past: Any = None) -> Tensor:
+        q, k, v = self.parts(hidden_states)
+        if past is not None:
+            k, v = past.update(k, v, self.number)
+        return self.merged(torch.softmax(q @ k.mT / WIDTH**0.5, -1) @ v)
+
+
+class CachedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Cached(number) for number in range(3))
+
+    def forward(self, x: Tensor, past: Any = None) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x, past=past)
+        return x
+
+
+@torch.no_grad()
+def test_positions_in_a_cache_whatever_a_layer_calls_its_number() -> None:
+    torch.manual_seed(0)
+    model, given = CachedModel().eval(), x()
+    for layer in range(3):
+        for past in (None, DynamicCache()):
+            assert looks_back(model, f"self.{layer}", x=given, past=past).tolist() == [0, 0, 1, 2, 3, 4], (layer, past)
+        with patched(model, Edit("z", "zero", layers=[layer], positions=[4])):
+            whole, past = model(given), DynamicCache()
+            steps = [model(given[:, :3], past)] + [model(given[:, i : i + 1], past) for i in range(3, 6)]
+        # This attention is not causal: only the last position has seen all in both.
+        torch.testing.assert_close(steps[-1][:, -1:], step_by_step(model, layer, given)[:, -1:], rtol=1e-4, atol=1e-5)
+        assert whole.shape == torch.cat(steps, 1).shape
+
+
+def step_by_step(model: Any, layer: int, given: Tensor) -> Tensor:
+    """The same steps with z set to zero by a hook in the fifth position's step, where W_O reads it."""
+    past, steps = DynamicCache(), []
+    parts = [given[:, :3], *(given[:, i : i + 1] for i in range(3, 6))]
+    for number, part in enumerate(parts):
+        projection = model.layers[layer].o
+        handle = projection.register_forward_pre_hook(lambda m, a, hit=number == 2: (a[0] * 0,) if hit else None)
+        steps.append(model(part, past))
+        handle.remove()
+    return torch.cat(steps, 1)
+
+
+@torch.no_grad()
+def test_positions_where_a_forward_goes_through_its_layers_several_times() -> None:
+    """HRM keeps the keys of each round under a number of their own."""
+    config = HrmTextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = HrmTextForCausalLM(config).eval(), torch.arange(5, 12)[None]
+    for attention in find_anatomy(model):
+        for use_cache in (False, True):
+            found = looks_back(model, attention.address, input_ids=ids, use_cache=use_cache)
+            assert found.tolist() == [0, 0, 1, 2, 3, 4, 5], (attention.address, use_cache)
+
+
+@torch.no_grad()
+def test_a_cut_at_a_projection_of_a_branch_that_was_not_recorded() -> None:
+    """With entities, LUKE has four projections to q; a cut of one of them is no cut of q."""
+    config = LukeConfig(
+        vocab_size=50, entity_vocab_size=8, entity_emb_size=16, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=4, intermediate_size=40, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = LukeModel(config).eval(), torch.arange(5, 13)[None]
+    entities = {"entity_ids": torch.tensor([[1, 2]]), "entity_position_ids": torch.tensor([[[0, 1], [4, 5]]])}
+    patch_model(model, Edit("q", "zero", heads=[1]))
+    model(input_ids=ids)
+    with pytest.raises(SurgeryError, match="never came to rot_q"):
+        model(input_ids=ids, **entities)
