@@ -39,6 +39,10 @@ class ParityError(SurgeryError, RuntimeError):
     """A reconstruction, or a patched model, does not give the numbers that it must give."""
 
 
+class ExportError(SurgeryError, RuntimeError):
+    """A checkpoint or program cannot be written as asked, or its files are not what was written."""
+
+
 class NotFiredWarning(UserWarning):
     """An edit or a capture was planned but never executed during a forward pass."""
 

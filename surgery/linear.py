@@ -66,6 +66,13 @@ def linear_of(module: nn.Module, path: str) -> LinearMap:
     )
 
 
+def computes_stored(module: nn.Module) -> bool:
+    """Whether a module computes x @ W + b with the very weight and bias that it stores, in numbers."""
+    with at_hand(module):
+        stored = _stored(module) if not any(parameter.is_meta for parameter in module.parameters()) else None
+        return stored is not None and has_numbers(module.weight) and _agrees(module, *stored)
+
+
 def _stored(module: nn.Module) -> LinearMap | None:
     """From the module's own weight, if it has one of numbers or one that says how to get them."""
     if hasattr(module, "base_layer") or not isinstance(module, nn.Linear | Conv1D):

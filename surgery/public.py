@@ -5,6 +5,7 @@ from surgery.captures import capture as capture
 from surgery.collect import collect_reference as collect_reference
 from surgery.derive import find_anatomy as find_anatomy
 from surgery.errors import CacheError as CacheError
+from surgery.errors import ExportError as ExportError
 from surgery.errors import MaskError as MaskError
 from surgery.errors import NoMatchError as NoMatchError
 from surgery.errors import NotFiredWarning as NotFiredWarning
@@ -13,6 +14,10 @@ from surgery.errors import PatchError as PatchError
 from surgery.errors import SpecError as SpecError
 from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import UnsupportedArchitectureError as UnsupportedArchitectureError
+from surgery.export.load import load_checkpoint as load_checkpoint
+from surgery.export.load import load_spec as load_spec
+from surgery.export.save import export_checkpoint as export_checkpoint
+from surgery.export.save import export_spec as export_spec
 from surgery.family import Family as Family
 from surgery.family import register_patch as register_patch
 from surgery.inspection import inspect_model as inspect_model

@@ -161,7 +161,8 @@ class Spec:
             except SpecError as error:
                 problems.append(f"cut {number}: {error}")
             except (KeyError, TypeError, ValueError) as error:
-                problems.append(f"cut {number}: cannot be read ({type(error).__name__}: {error})")
+                found = f"what cannot be read ({type(error).__name__}: {error})"
+                problems.append(describe(f"cut {number}", found, "a cut as Spec.to_json has it", "Write it with Spec.save."))
         if problems:
             raise SpecError(listing("Spec", problems))
         return cls(cuts)

@@ -31,6 +31,10 @@ ORDER = [
     "surgery.patch",                                                                                      # its surgery
     "surgery.captures", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
     "surgery.factored", "surgery.linear", "surgery.behind", "surgery.heads", "surgery.weights",           # its weights
+    "surgery.export", "surgery.export.folder", "surgery.export.fit", "surgery.export.document", "surgery.export.affine",
+    "surgery.export.fold", "surgery.export.trial", "surgery.export.biases", "surgery.export.bake", "surgery.export.inputs",
+    "surgery.export.load", "surgery.export.fresh", "surgery.export.card", "surgery.export.shrink",
+    "surgery.export.save",                                                                                # files
     "surgery.public", "surgery",                                                                          # the names
     "patches",
     "surgery.plots", "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",

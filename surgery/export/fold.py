@@ -1,0 +1,166 @@
+"""Cuts as changes of the weights beside them: rows of W_Q, W_K and W_V, columns of W_O, and biases.
+
+Every fold is a claim about one attention; `surgery.export.bake` tries it on real activations before it is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from surgery.anatomy import Attention
+from surgery.export.affine import Affine, Unfoldable, affine_of
+from surgery.interventions import Operation
+from surgery.linear import computes_stored
+from surgery.taps import at_hand, has_numbers
+
+
+@dataclass
+class Weights:
+    """New values of parameters by their full name, in float64, as far as they changed; the model has none of `added` yet."""
+
+    model: nn.Module
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    added: set[str] = field(default_factory=set)
+
+    def copy(self) -> Weights:
+        return Weights(self.model, dict(self.changed), set(self.added))
+
+    def matrix(self, path: str) -> Tensor:
+        """(d_in, d_out) of a linear map, a copy in float64. Raises Unfoldable for a map that is not stored as numbers."""
+        module: Any = self.model.get_submodule(path)
+        if not computes_stored(module):
+            raise Unfoldable(f"{path} is a {type(module).__name__} with more than a weight; merge its adapters first")
+        value = self._value(f"{path}.weight", module)
+        return value if isinstance(module, Conv1D) else value.T
+
+    def bias(self, path: str) -> Tensor:
+        """(d_out,) of a linear map, a copy in float64; zeros where it has none."""
+        module: Any = self.model.get_submodule(path)
+        if module.bias is None and f"{path}.bias" not in self.changed:
+            return torch.zeros(self.matrix(path).shape[1], dtype=torch.float64)
+        return self._value(f"{path}.bias", module)
+
+    def put_matrix(self, path: str, value: Tensor) -> None:
+        module: Any = self.model.get_submodule(path)
+        self.changed[f"{path}.weight"] = value if isinstance(module, Conv1D) else value.T
+
+    def put_bias(self, path: str, value: Tensor) -> None:
+        module: Any = self.model.get_submodule(path)
+        if module.bias is None:
+            if not bool(value.any()):
+                return
+            self.added.add(f"{path}.bias")
+        self.changed[f"{path}.bias"] = value
+
+    def _value(self, name: str, module: nn.Module) -> Tensor:
+        if name in self.changed:
+            return self.changed[name].clone()
+        with at_hand(module):
+            value = getattr(module, name.rpartition(".")[2])
+            if not has_numbers(value):
+                raise Unfoldable(f"{name} is quantised; load the model without quantisation")
+            if value.is_meta:
+                raise Unfoldable(f"{name} is on the meta device, without data")
+            return value.detach().cpu().double().clone()
+
+
+def folds(attention: Attention, site: str, operations: list[Operation], weights: Weights) -> Iterator[Weights]:
+    """The ways in which the edits of one site may become weights, the plainest first.
+
+    Raises Unfoldable, at first or after the others, with the reason why there are no more.
+    """
+    heads = attention.kv_heads if site == "k" else attention.heads
+    width = {"result": attention.recording.shapes["output"][-1], "v": attention.d_value, "z": attention.d_value}.get(
+        site, 2 if site in ("scores", "pattern") else attention.d_head
+    )
+    affine = affine_of(operations, heads, width)
+    if site in ("q", "k"):
+        yield _rows(attention, site, affine, weights)
+    elif site in ("rot_q", "rot_k", "scores"):  # a factor of k, as one query head reads it, is one of its q
+        yield _rows(attention, "q", affine.of_width(attention.d_head), weights)
+    elif site == "pattern" and any(operation.edit.action == "uniform" for operation in operations):
+        scale = torch.where(affine.changed, 0.0, 1.0)[:, None].double()
+        if bool((affine.scale[affine.changed] != 0).any()):
+            raise Unfoldable("a part of the pattern stays")
+        yield _rows(attention, "q", Affine(scale, torch.zeros_like(scale)).of_width(attention.d_head), weights)
+    elif site == "result":
+        yield _result(attention, affine, weights)
+    else:
+        affine = affine.of_width(attention.d_value) if site == "pattern" else affine
+        yield from _values(attention, site, affine, weights)
+
+
+def _values(attention: Attention, site: str, affine: Affine, weights: Weights) -> Iterator[Weights]:
+    """v and z: by the columns of W_O, or by the rows of W_V, whose sum weighted by a pattern adds what W_V adds."""
+    ways = [lambda: _columns(attention, affine, weights), lambda: _rows_of_v(attention, affine, weights)]
+    found, reasons = [], []
+    for way in ways if site == "z" or not affine.has_shift else ways[::-1]:
+        try:
+            found.append(way())
+        except Unfoldable as reason:
+            reasons.append(str(reason))
+    # Biases that are there come before biases that the config has yet to be given.
+    yield from sorted(found, key=lambda one: len(one.added))
+    if reasons:
+        raise Unfoldable("; ".join(reasons))
+
+
+def _rows_of_v(attention: Attention, affine: Affine, weights: Weights) -> Weights:
+    return _rows(attention, "v", affine.of_heads(attention.group_size), weights)
+
+
+def _rows(attention: Attention, site: str, affine: Affine, weights: Weights) -> Weights:
+    """The output channels of a projection: y = x W + b becomes scale * y + shift."""
+    path, channels = _place(attention, site)
+    new = weights.copy()
+    matrix, bias = new.matrix(path), new.bias(path)
+    for head in affine.changed.nonzero().flatten().tolist():
+        rows, scale, shift = channels[head], affine.scale[head], affine.shift[head]
+        matrix[:, rows] *= scale
+        # 0 * NaN is no zero, and -0.0 no 0.0.
+        matrix[:, rows] = torch.where(scale == 0, 0.0, matrix[:, rows])
+        bias[rows] = torch.where(scale == 0, 0.0, bias[rows] * scale) + shift
+    new.put_matrix(path, matrix)
+    new.put_bias(path, bias)
+    return new
+
+
+def _columns(attention: Attention, affine: Affine, weights: Weights) -> Weights:
+    """The input channels of W_O: z W becomes (scale * z + shift) W."""
+    path, channels = _place(attention, "o")
+    new = weights.copy()
+    matrix, bias = new.matrix(path), new.bias(path)
+    for head in affine.changed.nonzero().flatten().tolist():
+        columns, scale, shift = channels[head], affine.scale[head], affine.shift[head]
+        bias += shift @ matrix[columns]
+        matrix[columns] = torch.where(scale[:, None] == 0, 0.0, matrix[columns] * scale[:, None])
+    new.put_matrix(path, matrix)
+    new.put_bias(path, bias)
+    return new
+
+
+def _result(attention: Attention, affine: Affine, weights: Weights) -> Weights:
+    """What heads add to the output: z W becomes scale * (z W) + shift."""
+    path, channels = _place(attention, "o")
+    new = weights.copy()
+    matrix, bias = new.matrix(path), new.bias(path)
+    for head in affine.changed.nonzero().flatten().tolist():
+        columns, scale, shift = channels[head], affine.scale[head], affine.shift[head]
+        matrix[columns] = torch.where(scale == 0, 0.0, matrix[columns] * scale)
+        bias += shift
+    new.put_matrix(path, matrix)
+    new.put_bias(path, bias)
+    return new
+
+
+def _place(attention: Attention, site: str) -> tuple[str, Tensor]:
+    if site not in attention.projections:
+        raise Unfoldable(f"it has no projection of its own: {attention.why[site]}")
+    projection = attention.projections[site]
+    return projection.path, projection.channels

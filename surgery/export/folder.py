@@ -1,0 +1,78 @@
+"""Writing a folder as a whole: it stands at its path complete, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.errors import ExportError, describe
+
+MARK = "surgery.json"
+"""The file by which a folder is known to be an export, that another export may replace."""
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """A new folder beside `path`, which takes its name when the block ends well and goes away when it does not.
+
+    An export that stands at `path` already is replaced; until the last moment it stays as it is. Raises ExportError, before
+    the block, where a file or a folder of anything else stands there.
+    """
+    path = Path(path)
+    _check(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        new.chmod(0o777 & ~_umask())
+        yield new
+        _check(path)
+        _replace(path, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def written_file(path: str | Path) -> Iterator[Path]:
+    """The same for a single file: a new one beside `path`, of the same suffix, which replaces it when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        yield folder / path.name
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # data beside it first
+            file.replace(path.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MARK).is_file())):
+        kind = "a folder of other files" if path.is_dir() else "a file"
+        raise ExportError(
+            describe(f"{str(path)!r}", kind, "no folder, an empty one or an earlier export", "Choose another path.")
+        )
+
+
+def _replace(path: Path, new: Path) -> None:
+    old = new.with_suffix(".old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's mask of permissions, which a temporary folder ignores."""
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,157 @@
+"""Writing a patched model as a Hugging Face folder: with its surgery beside its weights, or folded into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from surgery.derive import find_anatomy
+from surgery.errors import ExportError, PatchError, describe
+from surgery.export import document
+from surgery.export.bake import Baked, bake, require_all
+from surgery.export.card import card
+from surgery.export.fit import Fingerprint
+from surgery.export.folder import written
+from surgery.export.fresh import Comparison, compare
+from surgery.export.inputs import example_inputs as inputs_for
+from surgery.export.shrink import shrink as shrink_heads
+from surgery.patch import anatomy_of, session_of
+from surgery.spec import Spec
+
+Bake = Literal[False, True, "where_possible"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_checkpoint` wrote.
+
+    folded: the edits that are in the weights now; kept: the reasons of those that stayed in surgery.json (after
+    bake="where_possible"); comparison: of the written folder with the patched model (None if it was not asked for).
+    """
+
+    path: Path
+    folded: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    comparison: Comparison | None = None
+
+    def __str__(self) -> str:
+        lines = [f"exported to {self.path}"]
+        lines += [f"  folded: {text}" for text in self.folded] + [f"  kept: {text}" for text in self.kept]
+        return "\n".join([*lines, f"  {self.comparison}"] if self.comparison else lines)
+
+    __repr__ = __str__
+
+
+def export_checkpoint(
+    model: Any,
+    path: str | Path,
+    *,
+    bake: Bake = False,
+    shrink: bool = False,
+    tokenizer: Any = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    **save: Any,
+) -> Exported:
+    """Writes a patched model as an ordinary Hugging Face folder, complete or not at all.
+
+    bake=False: the weights as they are, with the cuts in surgery.json (and surgery.safetensors): `load_checkpoint` gives the
+      patched model, bit for bit; plain from_pretrained gives the uncut one.
+    bake=True: the cuts folded into the weights, so that plain transformers computes the patched model. Raises ExportError,
+      before anything is written, naming each edit that is no change of weights, and why.
+    bake="where_possible": folds what can be folded and keeps the rest in surgery.json.
+    shrink: after baking, remove heads that add nothing (OV to zero, whole groups) where every attention has as many of them and
+      the config can say fewer heads: a smaller and faster model. Raises ExportError where that is not so.
+    tokenizer: a tokenizer or processor to write beside the model. example_inputs: as the model's forward takes them, to try
+      the folded weights on; by default random tokens. They should run every attention with cuts.
+    verify: after baking, load the folder by plain transformers in a new process and compare it with the patched model; the
+      result is in the model card (README.md) and in what is returned. Without baking, the surgery is read back.
+    save: of save_pretrained, such as max_shard_size.
+    The forward of the baked model is the patched model's; gradients are those of its new weights.
+    An earlier export at `path` is replaced. Raises PatchError for a model that is not patched, SpecError for a callable
+    (without baking), ExportError for a path that is taken or a folder that does not compute the same.
+    """
+    spec, more = surgery_of(model)
+    if bake not in (False, True, "where_possible"):
+        raise ExportError(
+            describe("export_checkpoint", f"bake={bake!r}", "False, True or 'where_possible'", "Use one of these.")
+        )
+    if not isinstance(model, PreTrainedModel):
+        do = "Merge its adapters (merge_and_unload) and patch the result, or export_spec the surgery alone."
+        raise ExportError(describe("export_checkpoint", f"a {type(model).__name__}", "a model of transformers", do))
+    baked = _bake(model, bake, inputs_for(model, example_inputs)) if bake else Baked(spec)
+    baked.kept.to_json()  # a callable is found before anything is written
+    anatomy = anatomy_of(model)
+    fingerprint = Fingerprint.of(model, anatomy)
+    tensors = {**model.state_dict(), **baked.changed} if baked.changed else None
+    config = baked.config
+    if shrink:
+        _require_no_cuts(baked.kept)
+        smaller = shrink_heads(model, anatomy, baked.changed)
+        tensors, config = smaller.tensors, smaller.config
+        fingerprint = Fingerprint.of(smaller.model, find_anatomy(smaller.model, strict=False))
+    with written(path) as folder:
+        model.save_pretrained(folder, state_dict=tensors, **save)
+        if config is not None:
+            config.architectures, config.dtype = model.config.architectures, model.config.dtype
+            config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        document.write(folder, baked.kept, fingerprint, baked=baked.folded, **more)
+        comparison = None
+        if verify and document.read(folder)[1] != baked.kept:
+            raise ExportError(describe(f"{str(path)!r}", "another spec in surgery.json", "the one written", "Check the disk."))
+        if verify and bake:
+            comparison = compare(
+                model, folder, inputs_for(model, example_inputs), bool(len(baked.kept)), more["implementation"]
+            )
+        (folder / "README.md").write_text(card(model, spec, baked, comparison), encoding="utf-8")
+    return Exported(Path(path), tuple(baked.folded), tuple(baked.refused), comparison)
+
+
+def export_spec(model: nn.Module, path: str | Path) -> Path:
+    """Writes the surgery of a patched model alone, a few kilobytes: surgery.json, and surgery.safetensors if it has tensors.
+
+    path: a folder; an earlier export there is replaced. Returns it. `load_spec` reads it.
+    Raises PatchError for a model that is not patched, SpecError for a callable, ExportError for a path that is taken.
+    """
+    spec, more = surgery_of(model)
+    spec.to_json()
+    with written(path) as folder:
+        document.write(folder, spec, Fingerprint.of(model, anatomy_of(model)), **more)
+    return Path(path)
+
+
+def surgery_of(model: nn.Module) -> tuple[Spec, dict[str, Any]]:
+    """The spec of a patched model, and what else surgery.json says of it."""
+    session = session_of(model)
+    if session is None:
+        raise PatchError(describe("the model", "it not patched", "a patched model", "Call patch_model first."))
+    return session.spec, {"kernel": session.kernel, "implementation": _implementations(model)}
+
+
+def _implementations(model: nn.Module) -> dict[str, str]:
+    """The attention implementation of a model's config ("") and, by name, of its parts."""
+    config = getattr(model, "config", None)
+    parts = {"": config, **{name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}}
+    found = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def _bake(model: Any, how: Bake, inputs: Mapping[str, Any]) -> Baked:
+    baked = bake(model, inputs)
+    if how is True:
+        require_all(baked)
+    return baked
+
+
+def _require_no_cuts(kept: Spec) -> None:
+    """Raises ExportError: heads that go away take their numbers along."""
+    if len(kept):
+        do = "Export without shrink=True."
+        raise ExportError(describe("shrink", f"cuts that stay in surgery.json: {kept!r}", "all cuts in the weights", do))

@@ -1,0 +1,108 @@
+"""Trying folded weights: each attention is run on what a forward of the model gave it, with its cuts and with new weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Cache
+
+from surgery.anatomy import Attention
+from surgery.evaluation import evaluating
+from surgery.export.fold import Weights
+from surgery.patch import patched
+from surgery.spec import Spec
+
+CLOSE = 1e-5
+"""Largest difference, as a part of the largest entry. The trial is in float64, but families norm and softmax in float32."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Trials:
+    """The last call of every module that holds an attention with its projections, in one forward of the model."""
+
+    def __init__(self, model: nn.Module, attentions: list[Attention], inputs: Mapping[str, Any]) -> None:
+        self.model = model
+        self.masks = [t for n, t in inputs.items() if n.endswith("mask") and isinstance(t, Tensor) and t.dim() == 2]
+        self.calls: dict[str, Call] = {}
+        handles = []
+
+        def note(path: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.calls[path] = tree_map(_copied, (args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
+
+            return hook
+
+        for path in dict.fromkeys(map(_holder, attentions)):
+            handles.append(model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True))
+        try:
+            with torch.no_grad(), evaluating(model):
+                model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def output(self, attention: Attention, cuts: Spec, weights: Weights | None = None) -> Tensor:
+        """(batch, position, d_model): what the attention gives under cuts, with other weights, in float64."""
+        path = _holder(attention)
+        with patched(self.model, cuts, kernel="eager", strict=False), evaluating(self.model):
+            module = copy.deepcopy(self.model.get_submodule(path)).double()
+        for name, value in (weights.changed if weights is not None else {}).items():
+            if name.startswith(f"{path}.") or not path:
+                owner, _, kind = name.removeprefix(f"{path}.").rpartition(".")
+                module.get_submodule(owner)._parameters[kind] = nn.Parameter(value)
+        args, kwargs = tree_map(_doubled, self.calls[path])
+        with torch.no_grad():
+            found = tree_leaves(module(*args, **kwargs))
+        return next(t for t in found if isinstance(t, Tensor))
+
+
+class Trial:
+    """One attention: what it gives under its cuts, to compare with what it gives with other weights in place of some."""
+
+    def __init__(self, trials: Trials, attention: Attention, cuts: Spec) -> None:
+        self.trials, self.attention = trials, attention
+        self.runs = _holder(attention) in trials.calls
+        if self.runs:
+            self.expected, uncut = trials.output(attention, cuts), trials.output(attention, Spec())
+            # Where it is NaN a query attends to nothing; and cuts leave rows of padding as they are.
+            self.rows = ~uncut.isnan().any(dim=-1)
+            for mask in trials.masks:
+                if mask.shape == self.rows.shape:
+                    self.rows &= mask.to(self.rows.device).bool()
+
+    def gap(self, cuts: Spec, weights: Weights) -> float:
+        """The largest difference, as a part of the largest entry, with these cuts alone and other weights."""
+        found, expected = self.trials.output(self.attention, cuts, weights)[self.rows], self.expected[self.rows]
+        difference = (found - expected).abs()
+        return (
+            float("inf") if bool(difference.isnan().any()) else float(difference.max() / expected.abs().max().clamp(min=1e-30))
+        )
+
+
+def _holder(attention: Attention) -> str:
+    """The path of the smallest module that holds an attention and all of its projections."""
+    owners = [attention.path, *(projection.owner for projection in attention.projections.values())]
+    parts = [owner.split(".") for owner in owners]
+    common = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)
+
+
+def _copied(value: Any) -> Any:
+    """A tensor's copy; a KV cache would be filled twice, and is left out."""
+    if isinstance(value, Cache):
+        return None
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
