@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from surgery.family import IMPLEMENTATION
 
 
@@ -42,6 +44,14 @@ def config_view(config: Any, shows_name: bool = False) -> Any:
     view: Any = object.__new__(_config_class(cls, shows_name))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
+
+
+def config_parts(config: Any) -> dict[str, PreTrainedConfig]:
+    """A config ("") and, by name, those of its parts; empty if it is none of transformers'."""
+    if not isinstance(config, PreTrainedConfig):
+        return {}
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+    return {"": config, **{name: part for name, part in parts.items() if isinstance(part, PreTrainedConfig)}}
 
 
 @functools.cache

@@ -16,11 +16,11 @@ from surgery.family import Family, find_family
 from surgery.inline import Inline, record_inline
 from surgery.plan import Plan, Probe, Session, model_call
 from surgery.reconstruction import Reconstruction
-from surgery.record import has_hooks
 from surgery.rewrite import Rewriter
 from surgery.samples import plain, sample_arguments
 from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
 from surgery.source import method_names
+from surgery.stubs import has_hooks
 from surgery.unfused import Call, mask_of, with_matrix
 from surgery.where import Where
 

@@ -15,8 +15,9 @@ from surgery.family import Family, computes_attention, find_family, is_projectio
 from surgery.inline import record_inline
 from surgery.interface import attend as _registered  # noqa: F401 (importing it registers our implementation)
 from surgery.labels import BASE, WEIGHT, Z
-from surgery.record import Recording, record, record_parent
+from surgery.record import record, record_parent
 from surgery.steps import Defeat
+from surgery.stubs import Recording
 
 NO_ATTENTION = "a softmax that is no attention, and is left alone"
 

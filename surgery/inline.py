@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery.family import Family
 from surgery.labels import PATTERN, Labelled
 from surgery.layout import BATCH, HEAD, Layout
-from surgery.record import Recording, watch
+from surgery.record import watch
 from surgery.source import (
     Kind,
     Place,
@@ -28,6 +28,7 @@ from surgery.source import (
     unpacked_name,
 )
 from surgery.steps import PRODUCTS, Defeat, Product, Step
+from surgery.stubs import Recording
 from surgery.witness import Witness
 
 

@@ -140,7 +140,7 @@ def _problems(placement: Placement, fingerprint: str) -> list[str]:
     return found
 
 
-def _width(attention: Attention, site: str) -> int | None:
+def width_of(attention: Attention, site: str) -> int | None:
     """The length of a site's last axis; None where it is the number of keys."""
     if SITES[site].is_matrix:
         return None
@@ -167,7 +167,7 @@ def _reference_problems(placement: Placement, what: str, fingerprint: str) -> li
     needed = _operation(placement).heads
     if entry.heads is not None and (missing := [head for head in needed if head not in entry.heads]):
         found.append(describe(what, f"a reference of heads {list(entry.heads)}", f"also heads {missing}", do))
-    width = _width(attention, edit.site)
+    width = width_of(attention, edit.site)
     shape = tuple(entry.value.shape)
     if shape[axis] != rows or (width is not None and shape[-1] != width):
         d = width if width is not None else "keys"
@@ -178,7 +178,7 @@ def _reference_problems(placement: Placement, what: str, fingerprint: str) -> li
 
 def _value_problems(placement: Placement, what: str) -> list[str]:
     edit, attention = placement.edit, placement.attention
-    shape, width = tuple(edit.value.shape), _width(attention, edit.site)
+    shape, width = tuple(edit.value.shape), width_of(attention, edit.site)
     heads = len(_operation(placement).heads)
     head_axis = {2: 0, 3: 0, 4: 1}.get(len(shape))
     if width is None and len(shape) == 2:

@@ -22,9 +22,7 @@ from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, re
 from surgery.family import Family, softmax_of
 from surgery.labels import Labelled
 from surgery.steps import Defeat
-from surgery.stubs import Recording as Recording
-from surgery.stubs import has_hooks as has_hooks
-from surgery.stubs import run_on_stubs
+from surgery.stubs import Recording, run_on_stubs
 from surgery.witness import Witness
 
 

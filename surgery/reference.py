@@ -137,7 +137,7 @@ class Reference:
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, the description in its metadata."""
         description, tensors = self.describe("")
-        save_file({n: t.contiguous().clone() for n, t in tensors.items()}, path, {"reference": json.dumps(description)})
+        save_file(stored(tensors), path, {"reference": json.dumps(description)})
 
     @classmethod
     def load(cls, path: str | Path) -> Reference:
@@ -157,6 +157,11 @@ class Reference:
         if description is None:
             raise refuse("a safetensors file without a reference in its metadata")
         return cls.from_description(description, tensors)
+
+
+def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the CPU, contiguous, none sharing memory with another."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

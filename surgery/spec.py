@@ -23,7 +23,7 @@ from torch import Tensor
 from surgery.cuts import Edit as Edit
 from surgery.cuts import Freeze as Freeze
 from surgery.errors import SpecError, describe, listing
-from surgery.reference import Reference
+from surgery.reference import Reference, stored
 
 VERSION = 1
 _KINDS: dict[Any, type[Edit | Freeze]] = {"edit": Edit, "freeze": Freeze}
@@ -131,7 +131,7 @@ class Spec:
             raise SpecError(describe("Spec.save", f"{path.name!r}", "a name ending in .json, .yaml or .yml", "Rename it."))
         text = self.to_yaml() if path.suffix in (".yaml", ".yml") else self.to_json()
         if tensors := self.tensors():
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, _beside(path))
+            save_file(stored(tensors), _beside(path))
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -364,7 +365,9 @@ def test_positions_of_queries_that_come_first_axis_and_by_another_name() -> None
         whole = model(input_ids=ids, decoder_input_ids=target, use_cache=False).logits
         plain = unpatched(model)(input_ids=ids, decoder_input_ids=target, use_cache=False).logits
         assert (whole - plain).abs().amax((0, 2)).gt(1e-4).tolist()[:3] == [False, False, True]
-        if torch.allclose(decoded(unpatched(model), ids, target), plain, atol=1e-4):  # not in transformers 5.17
+        agrees = torch.allclose(decoded(unpatched(model), ids, target), plain, atol=1e-4)
+        assert agrees or transformers.__version__ == "5.17.0", "there the unpatched model's own steps are others"
+        if agrees:
             torch.testing.assert_close(decoded(model, ids, target), whole, rtol=1e-4, atol=1e-5)
 
 

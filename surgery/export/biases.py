@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
+from surgery.configs import config_parts
 from surgery.export.affine import Unfoldable
 from surgery.export.fold import Weights
 
@@ -45,15 +45,8 @@ class Biases:
 
     def _switches(self) -> Iterator[tuple[Any, dict[str, torch.Size]]]:
         config = getattr(self.model, "config", None)
-        if not isinstance(config, PreTrainedConfig):
-            return
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        parts = [
-            "",
-            *(name for name in getattr(config, "sub_configs", ()) if isinstance(getattr(config, name, None), PreTrainedConfig)),
-        ]
-        for part in parts:
-            own = getattr(config, part) if part else config
+        for part, own in config_parts(config).items():
             for name, value in vars(own).items():
                 if not isinstance(value, bool) or "bias" not in name:
                     continue

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from surgery.errors import ExportError, SpecError, describe
 from surgery.export.fit import Fingerprint
 from surgery.export.folder import MARK
+from surgery.reference import stored
 from surgery.spec import Spec
 
 TENSORS = "surgery.safetensors"
@@ -50,10 +51,9 @@ class Document(BaseModel):
 def write(folder: Path, spec: Spec, model: Fingerprint, **more: Any) -> Document:
     """Writes both files into a folder. Raises SpecError for a callable, which no file can hold."""
     text = spec.to_json()
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in spec.tensors().items()}
     digest = None
-    if tensors:
-        save_file(tensors, folder / TENSORS)
+    if tensors := spec.tensors():
+        save_file(stored(tensors), folder / TENSORS)
         digest = _digest((folder / TENSORS).read_bytes())
     versions = {name: version(name) for name in ("attention-surgery", "torch", "transformers")}
     document = Document(written_by=versions, model=model, spec=json.loads(text), tensors=digest, **more)

@@ -5,7 +5,7 @@ Every fold is a claim about one attention; `surgery.export.bake` tries it on rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from surgery.anatomy import Attention
 from surgery.export.affine import Affine, Unfoldable, affine_of
 from surgery.interventions import Operation
 from surgery.linear import computes_stored
+from surgery.lower import width_of
 from surgery.taps import at_hand, has_numbers
 
 
@@ -76,10 +77,7 @@ def folds(attention: Attention, site: str, operations: list[Operation], weights:
     Raises Unfoldable, at first or after the others, with the reason why there are no more.
     """
     heads = attention.kv_heads if site == "k" else attention.heads
-    width = {"result": attention.recording.shapes["output"][-1], "v": attention.d_value, "z": attention.d_value}.get(
-        site, 2 if site in ("scores", "pattern") else attention.d_head
-    )
-    affine = affine_of(operations, heads, width)
+    affine = affine_of(operations, heads, width_of(attention, site) or 2)  # of a matrix any number of keys
     if site in ("q", "k"):
         yield _rows(attention, site, affine, weights)
     elif site in ("rot_q", "rot_k", "scores"):  # a factor of k, as one query head reads it, is one of its q
@@ -98,7 +96,10 @@ def folds(attention: Attention, site: str, operations: list[Operation], weights:
 
 def _values(attention: Attention, site: str, affine: Affine, weights: Weights) -> Iterator[Weights]:
     """v and z: by the columns of W_O, or by the rows of W_V, whose sum weighted by a pattern adds what W_V adds."""
-    ways = [lambda: _columns(attention, affine, weights), lambda: _rows_of_v(attention, affine, weights)]
+    ways = [
+        lambda: _columns(attention, affine, weights),
+        lambda: _rows(attention, "v", affine.of_heads(attention.group_size), weights),
+    ]
     found, reasons = [], []
     for way in ways if site == "z" or not affine.has_shift else ways[::-1]:
         try:
@@ -111,56 +112,49 @@ def _values(attention: Attention, site: str, affine: Affine, weights: Weights) -
         raise Unfoldable("; ".join(reasons))
 
 
-def _rows_of_v(attention: Attention, affine: Affine, weights: Weights) -> Weights:
-    return _rows(attention, "v", affine.of_heads(attention.group_size), weights)
-
-
 def _rows(attention: Attention, site: str, affine: Affine, weights: Weights) -> Weights:
     """The output channels of a projection: y = x W + b becomes scale * y + shift."""
-    path, channels = _place(attention, site)
-    new = weights.copy()
-    matrix, bias = new.matrix(path), new.bias(path)
-    for head in affine.changed.nonzero().flatten().tolist():
-        rows, scale, shift = channels[head], affine.scale[head], affine.shift[head]
-        matrix[:, rows] *= scale
-        # 0 * NaN is no zero, and -0.0 no 0.0.
-        matrix[:, rows] = torch.where(scale == 0, 0.0, matrix[:, rows])
-        bias[rows] = torch.where(scale == 0, 0.0, bias[rows] * scale) + shift
-    new.put_matrix(path, matrix)
-    new.put_bias(path, bias)
-    return new
+
+    def change(matrix: Tensor, bias: Tensor, channels: Tensor, scale: Tensor, shift: Tensor) -> None:
+        matrix[:, channels] = _scaled(matrix[:, channels], scale)
+        bias[channels] = _scaled(bias[channels], scale) + shift
+
+    return _changed(attention, site, affine, weights, change)
 
 
 def _columns(attention: Attention, affine: Affine, weights: Weights) -> Weights:
     """The input channels of W_O: z W becomes (scale * z + shift) W."""
-    path, channels = _place(attention, "o")
-    new = weights.copy()
-    matrix, bias = new.matrix(path), new.bias(path)
-    for head in affine.changed.nonzero().flatten().tolist():
-        columns, scale, shift = channels[head], affine.scale[head], affine.shift[head]
-        bias += shift @ matrix[columns]
-        matrix[columns] = torch.where(scale[:, None] == 0, 0.0, matrix[columns] * scale[:, None])
-    new.put_matrix(path, matrix)
-    new.put_bias(path, bias)
-    return new
+
+    def change(matrix: Tensor, bias: Tensor, channels: Tensor, scale: Tensor, shift: Tensor) -> None:
+        bias += shift @ matrix[channels]
+        matrix[channels] = _scaled(matrix[channels], scale[:, None])
+
+    return _changed(attention, "o", affine, weights, change)
 
 
 def _result(attention: Attention, affine: Affine, weights: Weights) -> Weights:
     """What heads add to the output: z W becomes scale * (z W) + shift."""
-    path, channels = _place(attention, "o")
-    new = weights.copy()
-    matrix, bias = new.matrix(path), new.bias(path)
-    for head in affine.changed.nonzero().flatten().tolist():
-        columns, scale, shift = channels[head], affine.scale[head], affine.shift[head]
-        matrix[columns] = torch.where(scale == 0, 0.0, matrix[columns] * scale)
+
+    def change(matrix: Tensor, bias: Tensor, channels: Tensor, scale: Tensor, shift: Tensor) -> None:
+        matrix[channels] = _scaled(matrix[channels], scale)
         bias += shift
-    new.put_matrix(path, matrix)
-    new.put_bias(path, bias)
+
+    return _changed(attention, "o", affine, weights, change)
+
+
+def _changed(attention: Attention, site: str, affine: Affine, weights: Weights, change: Callable[..., None]) -> Weights:
+    """A copy of the weights; change(matrix, bias, channels, scale, shift) works on a projection in place, head by head."""
+    if site not in attention.projections:
+        raise Unfoldable(f"it has no projection of its own: {attention.why[site]}")
+    projection, new = attention.projections[site], weights.copy()
+    matrix, bias = new.matrix(projection.path), new.bias(projection.path)
+    for head in affine.changed.nonzero().flatten().tolist():
+        change(matrix, bias, projection.channels[head], affine.scale[head], affine.shift[head])
+    new.put_matrix(projection.path, matrix)
+    new.put_bias(projection.path, bias)
     return new
 
 
-def _place(attention: Attention, site: str) -> tuple[str, Tensor]:
-    if site not in attention.projections:
-        raise Unfoldable(f"it has no projection of its own: {attention.why[site]}")
-    projection = attention.projections[site]
-    return projection.path, projection.channels
+def _scaled(tensor: Tensor, scale: Tensor) -> Tensor:
+    """0 * NaN is no zero, and -0.0 no 0.0."""
+    return torch.where(scale == 0, 0.0, tensor * scale)

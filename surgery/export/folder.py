@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,20 +35,6 @@ def written(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-@contextmanager
-def written_file(path: str | Path) -> Iterator[Path]:
-    """The same for a single file: a new one beside `path`, of the same suffix, which replaces it when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
-        yield folder / path.name
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # data beside it first
-            file.replace(path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check(path: Path) -> None:
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MARK).is_file())):
         kind = "a folder of other files" if path.is_dir() else "a file"
@@ -71,8 +58,6 @@ def _replace(path: Path, new: Path) -> None:
 
 def _umask() -> int:
     """The process's mask of permissions, which a temporary folder ignores."""
-    import os
-
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from surgery.configs import config_parts
 from surgery.derive import find_anatomy
 from surgery.errors import ExportError, PatchError, describe
 from surgery.export import document
-from surgery.export.bake import Baked, bake, require_all
+from surgery.export.bake import Baked, require_all
+from surgery.export.bake import bake as bake_cuts
 from surgery.export.card import card
 from surgery.export.fit import Fingerprint
 from surgery.export.folder import written
@@ -84,7 +86,10 @@ def export_checkpoint(
     if not isinstance(model, PreTrainedModel):
         do = "Merge its adapters (merge_and_unload) and patch the result, or export_spec the surgery alone."
         raise ExportError(describe("export_checkpoint", f"a {type(model).__name__}", "a model of transformers", do))
-    baked = _bake(model, bake, inputs_for(model, example_inputs)) if bake else Baked(spec)
+    inputs = inputs_for(model, example_inputs) if bake else {}
+    baked = bake_cuts(model, inputs) if bake else Baked(spec)
+    if bake is True:
+        require_all(baked)
     baked.kept.to_json()  # a callable is found before anything is written
     anatomy = anatomy_of(model)
     fingerprint = Fingerprint.of(model, anatomy)
@@ -107,9 +112,7 @@ def export_checkpoint(
         if verify and document.read(folder)[1] != baked.kept:
             raise ExportError(describe(f"{str(path)!r}", "another spec in surgery.json", "the one written", "Check the disk."))
         if verify and bake:
-            comparison = compare(
-                model, folder, inputs_for(model, example_inputs), bool(len(baked.kept)), more["implementation"]
-            )
+            comparison = compare(model, folder, inputs, bool(len(baked.kept)), more["implementation"])
         (folder / "README.md").write_text(card(model, spec, baked, comparison), encoding="utf-8")
     return Exported(Path(path), tuple(baked.folded), tuple(baked.refused), comparison)
 
@@ -137,17 +140,9 @@ def surgery_of(model: nn.Module) -> tuple[Spec, dict[str, Any]]:
 
 def _implementations(model: nn.Module) -> dict[str, str]:
     """The attention implementation of a model's config ("") and, by name, of its parts."""
-    config = getattr(model, "config", None)
-    parts = {"": config, **{name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}}
-    found = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    parts = config_parts(getattr(model, "config", None))
+    found = {name: part._attn_implementation for name, part in parts.items()}
     return {name: value for name, value in found.items() if isinstance(value, str)}
-
-
-def _bake(model: Any, how: Bake, inputs: Mapping[str, Any]) -> Baked:
-    baked = bake(model, inputs)
-    if how is True:
-        require_all(baked)
-    return baked
 
 
 def _require_no_cuts(kept: Spec) -> None:
