@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, TypeGuard
 
 import torch
+from pydantic import WithJsonSchema
 from torch import Tensor
 
 from surgery.errors import SpecError, describe
-from surgery.fields import Gqa, Heads, Layers, Positions, Seed, Strength, choice, listed
+from surgery.fields import Choice, Gqa, Heads, Layers, Positions, Seed, Strength, listed
 from surgery.reference import Reference, as_reference
 from surgery.sites import MATRIX_SITES, SITES
 from surgery.values import Value, callable_name
@@ -28,6 +30,28 @@ GROUPED = ("k", "rot_k", "v")
 """The sites where query heads of a group may share a kv head."""
 _REFERRING = ("mean", "noise", "activation")
 
+# In a file. Tensors lie beside it, and are named; short ones may be written out.
+_TENSOR = {
+    "type": "object",
+    "properties": {"tensor": {"type": "string"}},
+    "required": ["tensor"],
+    "additionalProperties": False,
+}
+_VALUE = {"anyOf": [{"type": ["number", "array", "null"]}, _TENSOR]}
+_REFERENCE = {
+    "anyOf": [
+        {"type": "null"},
+        {
+            "type": "object",
+            "description": "A file that Reference.save wrote, or as Spec.save writes it",
+            "properties": {"file": {"type": "string"}, "reference": {"type": "object"}},
+            "minProperties": 1,
+            "maxProperties": 1,
+            "additionalProperties": False,
+        },
+    ]
+}
+
 
 class Edit(Value):
     """One change at one site, the general form of every cut.
@@ -40,35 +64,42 @@ class Edit(Value):
       these replace.
       "scale" (value: factor), "add" (value: vector; steering), or a callable tensor -> tensor: these transform.
       "uniform", "diagonal", "previous", "first": pattern templates, over what the mask allows.
-    value: float, or tensor that broadcasts to (batch, head, position, d) of the selected heads, these in the order of `heads`.
+    value: float, or tensor (or nested lists of numbers) that broadcasts to (batch, head, position, d) of the selected heads,
+      these in the order of `heads`.
     layers: "all", layer numbers (the only or decoder self-attention) or addresses ("encoder.self.0", wildcards allowed).
-    heads: "all" or numbers of query heads, from 0. positions: None (all) or absolute positions along the site's third axis
-      (queries; keys at k, rot_k, v), counted from 0 with padding included.
+    heads: "all" or numbers of query heads, from 0.
+    positions: None (all) or absolute positions along the site's third axis (queries; keys at k, rot_k, v), counted from 0 with
+      padding included.
     backward: "natural" (as the forward computes it; nothing through a replacement), "stopgrad", "ste" (see Freeze).
     strength: s in [0, 1] gives (1 - s) * original + s * edited.
     gqa: at rot_k and v of grouped heads, "isolated" changes what the selected query heads read and nothing else, "shared"
       changes the kv head, so that its whole group feels it. At k, where only kv heads exist, "isolated" takes whole groups.
+    reference: of mean, noise and activation: what `surgery.collect_reference` collected or `capture` saw.
     seed: of noise and resampling.
+
     At scores and pattern, entries that the mask forbids stay as they are (callables get and return them raw; "zero" at pattern
     is zero everywhere).
     Raises SpecError, listing every problem.
     """
 
-    site: Annotated[str, choice("site", tuple(SITES))]
-    action: Annotated[Any, choice("action", ACTIONS, " or a callable")]
-    value: Any = None
+    site: Annotated[str, Choice("site", tuple(SITES))]
+    action: Annotated[Any, Choice("action", ACTIONS, " or a callable")]
+    value: Annotated[Any, WithJsonSchema(_VALUE)] = None
     layers: Layers = "all"
     heads: Heads = "all"
-    backward: Annotated[str, choice("backward", ("natural", "stopgrad", "ste"))] = "natural"
+    backward: Annotated[str, Choice("backward", ("natural", "stopgrad", "ste"))] = "natural"
     strength: Strength = 1.0
     positions: Positions = None
     gqa: Gqa = "isolated"
-    reference: Any = None
+    reference: Annotated[Any, WithJsonSchema(_REFERENCE)] = None
     seed: Seed = 0
 
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
         site, action = data.get("site"), data.get("action")
+        if action in ("value", "scale", "add") and isinstance(data.get("value"), list | tuple):
+            with suppress(TypeError, ValueError, RuntimeError):  # then it stays what it is, and is refused below
+                data["value"] = torch.tensor(data["value"], dtype=torch.float32)
         _sort_by_head(data)
         if data.get("gqa", "isolated") == "shared" and site in SITES and site not in GROUPED:
             expected = f"'isolated' at {site}, which every query head has of its own"
@@ -117,18 +148,19 @@ class Freeze(Value):
     gqa: "isolated" freezes what the selected query heads read, "shared" the kv heads behind them, so that the whole group feels
       it: then QK to zero acts on rot_k and OV on v (positions there are those of keys).
     layers, heads, positions, reference, seed: see Edit.
+
     Raises SpecError, listing every problem.
     """
 
-    circuit: Annotated[str, choice("circuit", CIRCUITS)]
+    circuit: Annotated[str, Choice("circuit", CIRCUITS)]
     layers: Layers = "all"
     heads: Heads = "all"
-    to: Annotated[Any, choice("to", FREEZES)] = "zero"
-    backward: Annotated[str, choice("backward", ("stopgrad", "ste"))] = "stopgrad"
+    to: Annotated[Any, Choice("to", FREEZES)] = "zero"
+    backward: Annotated[str, Choice("backward", ("stopgrad", "ste"))] = "stopgrad"
     strength: Strength = 1.0
     positions: Positions = None
     gqa: Gqa = "isolated"
-    reference: Any = None
+    reference: Annotated[Any, WithJsonSchema(_REFERENCE)] = None
     seed: Seed = 0
 
     @classmethod
@@ -203,7 +235,9 @@ def _agree_on_value(action: Any, data: dict[str, Any]) -> Iterator[str]:
             if not value.is_meta and not bool(torch.isfinite(value).all()):
                 yield problem("NaN or infinite entries in the tensor", "finite values", "To block a key, add -1e9 at scores.")
         elif not _is_real(value):
-            yield problem(repr(value), f"a number or a tensor with action {action!r}", "Pass value=...")
+            yield problem(
+                repr(value), f"a number or a tensor (or lists of equal lengths) with action {action!r}", "Pass value=..."
+            )
         elif not math.isfinite(value):
             yield problem(repr(value), "a finite number", "Pass one.")
         else:

@@ -1,25 +1,38 @@
-"""The admissible values of a cut's fields: validators that say what was found, what was expected and what to do."""
+"""The admissible values of a cut's fields: validators that say what was found, what was expected and what to do, and the
+JSON Schema of each as it is written in a file, for editors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_before_validator_function
 
 from surgery.errors import closest, describe
 
 
-def choice(name: str, allowed: tuple[str, ...], more: str = "") -> BeforeValidator:
-    """A validator of one word out of `allowed`; with `more` of a callable as well."""
+@dataclass(frozen=True)
+class Choice:
+    """One word out of `allowed`; with `more` a callable as well."""
 
-    def check(value: Any) -> Any:
-        if not (isinstance(value, str) and value in allowed) and not (more and callable(value)):
-            do = f"{closest(value, allowed)}Choose one of these."
-            raise ValueError(describe(name, repr(value), ", ".join(map(repr, allowed)) + more, do))
+    name: str
+    allowed: tuple[str, ...]
+    more: str = ""
+
+    def check(self, value: Any) -> Any:
+        if not (isinstance(value, str) and value in self.allowed) and not (self.more and callable(value)):
+            do = f"{closest(value, self.allowed)}Choose one of these."
+            raise ValueError(describe(self.name, repr(value), ", ".join(map(repr, self.allowed)) + self.more, do))
         return value
 
-    return BeforeValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_before_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.allowed)}
 
 
 def listed(value: Any) -> tuple[Any, ...]:
@@ -80,9 +93,14 @@ def _check_seed(value: Any) -> int:
     return value
 
 
-Layers = Annotated[Any, BeforeValidator(_check_layers)]
-Heads = Annotated[Any, _numbers("heads", "all")]
-Positions = Annotated[Any, _numbers("positions", None)]
-Strength = Annotated[float, BeforeValidator(_check_strength)]
-Seed = Annotated[int, BeforeValidator(_check_seed)]
-Gqa = Annotated[str, choice("gqa", ("isolated", "shared"))]
+_NUMBER = {"type": "integer", "minimum": 0}
+_NUMBERS = {"type": "array", "items": _NUMBER, "minItems": 1, "uniqueItems": True}
+_LAYER = {"anyOf": [_NUMBER, {"type": "string"}]}
+_LAYERS = {"anyOf": [*_LAYER["anyOf"], {"type": "array", "items": _LAYER, "minItems": 1}]}
+
+Layers = Annotated[Any, BeforeValidator(_check_layers), WithJsonSchema(_LAYERS)]
+Heads = Annotated[Any, _numbers("heads", "all"), WithJsonSchema({"anyOf": [{"const": "all"}, _NUMBER, _NUMBERS]})]
+Positions = Annotated[Any, _numbers("positions", None), WithJsonSchema({"anyOf": [{"type": "null"}, _NUMBER, _NUMBERS]})]
+Strength = Annotated[float, BeforeValidator(_check_strength), WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
+Seed = Annotated[int, BeforeValidator(_check_seed), WithJsonSchema({"type": "integer"})]
+Gqa = Annotated[str, Choice("gqa", ("isolated", "shared"))]

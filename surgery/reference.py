@@ -152,7 +152,7 @@ class Reference:
             with safe_open(str(path), framework="pt") as file:
                 description = json.loads((file.metadata() or {}).get("reference", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise refuse(f"a file that cannot be read ({error})") from None
         if description is None:
             raise refuse("a safetensors file without a reference in its metadata")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from surgery.errors import SpecError, describe, listing
 from surgery.reference import Reference, stored
 
 VERSION = 1
-_KINDS: dict[Any, type[Edit | Freeze]] = {"edit": Edit, "freeze": Freeze}
+KINDS: dict[str, type[Edit | Freeze]] = {"edit": Edit, "freeze": Freeze}
 
 
 class Spec:
@@ -111,16 +112,24 @@ class Spec:
     @classmethod
     def from_json(cls, text: str, tensors: Mapping[str, Tensor] | None = None) -> Spec:
         """The inverse of `to_json`. Raises SpecError, listing every cut that cannot be read."""
-        try:
-            return cls._from_plain(json.loads(text), tensors or {})
-        except json.JSONDecodeError as error:
-            raise SpecError(describe("Spec.from_json", f"text that is not JSON ({error})", "JSON", "Check the file.")) from None
+        return cls._from_json(text, tensors or {}, None)
 
     @classmethod
     def from_yaml(cls, text: str, tensors: Mapping[str, Tensor] | None = None) -> Spec:
         """The inverse of `to_yaml`. Raises SpecError, listing every cut that cannot be read."""
+        return cls._from_yaml(text, tensors or {}, None)
+
+    @classmethod
+    def _from_json(cls, text: str, tensors: Mapping[str, Tensor], folder: Path | None) -> Spec:
         try:
-            return cls._from_plain(yaml.safe_load(text), tensors or {})
+            return cls._from_plain(json.loads(text), tensors, folder)
+        except json.JSONDecodeError as error:
+            raise SpecError(describe("Spec.from_json", f"text that is not JSON ({error})", "JSON", "Check the file.")) from None
+
+    @classmethod
+    def _from_yaml(cls, text: str, tensors: Mapping[str, Tensor], folder: Path | None) -> Spec:
+        try:
+            return cls._from_plain(yaml.safe_load(text), tensors, folder)
         except yaml.YAMLError as error:
             raise SpecError(describe("Spec.from_yaml", f"text that is not YAML ({error})", "YAML", "Check the file.")) from None
 
@@ -136,28 +145,39 @@ class Spec:
 
     @classmethod
     def load(cls, path: str | Path) -> Spec:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote, or a file written by hand (see `surgery schema` for editors).
+
+        There a reference may name a file of Reference.save, beside the spec's: `reference: {file: means.safetensors}`.
+        Raises SpecError, listing every cut that cannot be read, also for files that are missing or damaged.
+        """
         path = Path(path)
-        tensors = load_file(_beside(path)) if _beside(path).exists() else {}
-        read = cls.from_yaml if path.suffix in (".yaml", ".yml") else cls.from_json
-        return read(path.read_text(encoding="utf-8"), tensors)
+        try:
+            tensors = load_file(_beside(path)) if _beside(path).exists() else {}
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, SafetensorError) as error:
+            what, found = f"Spec.load({str(path)!r})", f"{type(error).__name__}: {error}"
+            raise SpecError(describe(what, found, "a .json or .yaml file of cuts", "Check the path and the file.")) from None
+        read = cls._from_yaml if path.suffix in (".yaml", ".yml") else cls._from_json
+        return read(text, tensors, path.parent)
 
     @classmethod
-    def _from_plain(cls, data: Any, tensors: Mapping[str, Tensor]) -> Spec:
-        if not isinstance(data, Mapping) or data.get("version") != VERSION or not isinstance(data.get("cuts"), list):
-            version = data.get("version") if isinstance(data, Mapping) else None
-            raise SpecError(
-                describe("Spec", f"version {version!r}", f"version {VERSION} and a list of cuts", "Write it with Spec.save.")
-            )
+    def _from_plain(cls, data: Any, tensors: Mapping[str, Tensor], folder: Path | None) -> Spec:
+        version = data.get("version") if isinstance(data, Mapping) else None
+        if not isinstance(data, Mapping) or version != VERSION or not isinstance(data.get("cuts"), list):
+            found = f"version {version!r}" if version != VERSION else "no list of cuts"
+            do = f"Begin a file with `version: {VERSION}` and `cuts:`, or write it with Spec.save."
+            raise SpecError(describe("Spec", found, f"version {VERSION} and a list of cuts", do))
+        if more := sorted(map(str, set(data) - {"version", "cuts", "$schema"})):
+            raise SpecError(describe("Spec", f"beside its cuts {', '.join(more)}", "version and cuts alone", "Remove it."))
         cuts, problems = [], []
         for number, item in enumerate(data["cuts"]):
             try:
                 item = dict(item)
                 name = item.pop("kind", None)
-                kind = _KINDS.get(name)
+                kind = KINDS.get(name)
                 if kind is None:
-                    raise ValueError(f"its kind is {name!r}, not one of {', '.join(_KINDS)}")
-                cuts.append(kind(**{name: _from_plain(value, tensors) for name, value in item.items()}))
+                    raise ValueError(f"its kind is {name!r}, not one of {', '.join(KINDS)}")
+                cuts.append(kind(**{name: _from_plain(value, tensors, folder) for name, value in item.items()}))
             except SpecError as error:
                 problems.append(f"cut {number}: {error}")
             except (KeyError, TypeError, ValueError) as error:
@@ -173,7 +193,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.safetensors")
 
 
-def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _from_plain(value: Any, tensors: Mapping[str, Tensor], folder: Path | None) -> Any:
+    """folder: where a reference that is named by its file is looked for; None where a text may name no files."""
     if isinstance(value, Mapping) and set(value) == {"tensor"}:
         if value["tensor"] not in tensors:
             raise SpecError(
@@ -187,4 +208,9 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value["tensor"]]
     if isinstance(value, Mapping) and set(value) == {"reference"}:
         return Reference.from_description(value["reference"], tensors)
+    if isinstance(value, Mapping) and set(value) == {"file"}:
+        if folder is None:
+            found = f"the file {value['file']!r}"
+            raise SpecError(describe("reference", found, "values, in a text without a place", "Use Spec.load."))
+        return Reference.load(folder / str(value["file"]))
     return value

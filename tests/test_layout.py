@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 # Files from the ground up: each imports only files above it. A new file goes where it belongs, with everything it needs above.
 ORDER = [
     "surgery.errors", "surgery.sites", "surgery.family", "surgery.configs", "surgery.noise", "surgery.fields",
-    "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.where", "surgery.templates",
-    "surgery.gradient",
+    "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.schema", "surgery.where",
+    "surgery.templates", "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut
     "surgery.labels", "surgery.layout", "surgery.source", "surgery.steps", "surgery.witness", "surgery.arguments",
     "surgery.evaluation", "surgery.stubs", "surgery.record", "surgery.inline", "surgery.interface", "surgery.addresses",
@@ -31,14 +31,18 @@ ORDER = [
     "surgery.patch",                                                                                      # its surgery
     "surgery.captures", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
     "surgery.factored", "surgery.linear", "surgery.behind", "surgery.heads", "surgery.weights",           # its weights
+    "surgery.pretrained",
     "surgery.export", "surgery.export.folder", "surgery.export.fit", "surgery.export.document", "surgery.export.affine",
     "surgery.export.fold", "surgery.export.trial", "surgery.export.biases", "surgery.export.bake", "surgery.export.inputs",
     "surgery.export.load", "surgery.export.fresh", "surgery.export.card", "surgery.export.shrink",
-    "surgery.export.save",                                                                                # files
+    "surgery.export.save", "surgery.export.audit",                                                        # files
     "surgery.public", "surgery",                                                                          # the names
     "patches",
     "surgery.plots", "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
-    "surgery.demo.report", "surgery.demo", "surgery.cli",                                                 # on top
+    "surgery.demo.report", "surgery.demo",
+    "surgery.commands", "surgery.commands.shared", "surgery.commands.demo", "surgery.commands.inspect",
+    "surgery.commands.patch", "surgery.commands.verify", "surgery.commands.generate", "surgery.commands.families",
+    "surgery.commands.schema", "surgery.cli",                                                             # on top
 ]  # fmt: skip
 ENGINE = ORDER[: ORDER.index("surgery") + 1]
 

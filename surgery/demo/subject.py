@@ -17,12 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from surgery.demo.data import Copies, repeated_sequences
 from surgery.errors import SurgeryError, describe
+from surgery.pretrained import existing, require_weights, tokenizer_of, unreadable
 
 SEGMENT = 24
 """Tokens in one copy, unless told otherwise: the packaged model was trained on 8 to 30."""
 LEAST_SEGMENT = 4
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
-"""Without any of these beside a model, transformers may make up a tokenizer that knows special tokens only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +128,7 @@ def load(name: str | None = None, device: str | torch.device = "cpu") -> Subject
     Nothing is downloaded for the packaged model. Code that comes with a model is not run. Raises SurgeryError.
     """
     if name is not None:
-        return _loaded(_existing(name), name, device)
+        return _loaded(existing(name), name, device)
     with as_file(files("surgery.demo").joinpath("model")) as folder, _quiet():
         return _loaded(str(folder), "the packaged model", device)
 
@@ -137,17 +136,6 @@ def load(name: str | None = None, device: str | torch.device = "cpu") -> Subject
 def load_model(name: str | None = None, device: str | torch.device = "cpu") -> Any:
     """The model alone that `load` loads: without a name the packaged one, a LlamaForCausalLM. Raises SurgeryError."""
     return load(name, device).model
-
-
-def skeleton(name: str) -> nn.Module:
-    """A model of any kind without its weights, from its configuration alone. Raises SurgeryError."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(_existing(name), trust_remote_code=False)
-        own = [getattr(transformers, architecture, None) for architecture in config.architectures or ()]
-        with torch.device("meta"):
-            return own[0](config) if own and own[0] is not None else transformers.AutoModel.from_config(config)
-    except Exception as error:
-        raise _unreadable(name, "a transformers model", error) from error
 
 
 def read_text(text: str) -> str:
@@ -165,44 +153,10 @@ def _loaded(path: str, name: str, device: str | torch.device) -> Subject:
             path, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # whatever a foreign loader raises, there is no model
-        raise _unreadable(name, "a causal language model", error) from error
-    if missing := sorted(notes["missing_keys"]):
-        found = f"no weights for {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        do = "These would be random: pass a checkpoint of the whole language model."
-        raise SurgeryError(describe(f"model {name!r}", found, f"all weights of {type(model).__name__}", do))
-    model = model.to(device).eval()
-    folder = Path(path)
-    if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
-        return Subject(name, model)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # only a text needs it
-        return Subject(name, model, missing=_first_line(error))
-    return Subject(name, model, tokenizer)
-
-
-def _existing(name: str) -> str:
-    """The name, if it is a folder or can be a name on the hub. Raises SurgeryError before anything asks the network."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
-        found = "a file" if path.exists() else "no such folder"
-        raise SurgeryError(
-            describe(f"model {name!r}", found, "a folder with config.json and weights, or a name on the hub", "Check the path.")
-        )
-    return name
-
-
-def _unreadable(name: str, expected: str, error: Exception) -> SurgeryError:
-    if isinstance(error, SurgeryError):
-        return error
-    do = "Check the name and the files of the folder."
-    return SurgeryError(describe(f"model {name!r}", _first_line(error), expected, do))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise unreadable(name, "a causal language model", error) from error
+    require_weights(name, model, notes)
+    tokenizer, missing = tokenizer_of(path)  # only a text needs it
+    return Subject(name, model.to(device).eval(), tokenizer, missing)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from surgery.anatomy import Anatomy, Attention
 from surgery.cuts import Edit
@@ -41,7 +42,7 @@ class Baked:
     config: Any = None
 
 
-def bake(model: Any, inputs: Mapping[str, Any]) -> Baked:
+def bake(model: Any, inputs: Mapping[str, Any], progress: bool = False) -> Baked:
     """Folds what can be folded of the cuts of a patched model. Nothing is written, and the model stays as it is.
 
     inputs: of a forward that runs every attention with cuts. Whatever is folded has been tried on it: the attention's output
@@ -56,7 +57,7 @@ def bake(model: Any, inputs: Mapping[str, Any]) -> Baked:
     result = Baked(session.spec)
     weights, biases = Weights(model), Biases(model)
     done: set[Key] = set()
-    for attention in concerned:
+    for attention in tqdm(concerned, desc="folding cuts", unit="attention", disable=not progress, leave=False):
         operations = plans[attention.address].operations
         left = {_key(session.spec, o, attention): o for site in operations for o in operations[site]}
         trial = Trial(trials, attention, _cuts(left, attention))

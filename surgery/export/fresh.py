@@ -94,14 +94,19 @@ def compare(model: Any, folder: Path, inputs: Mapping[str, Any], with_surgery: b
     return measured(without_padding(tensor, inputs), without_padding(expected, inputs), by)
 
 
-def measured(found: Tensor, expected: Tensor, by: str) -> Comparison:
-    """Compares rows of outputs. Raises ExportError if they differ by more than rounding."""
+def difference(found: Tensor, expected: Tensor, by: str) -> Comparison:
+    """Compares rows of outputs, NaN (of queries that attend to nothing) with zero."""
     gap = float((found.double() - expected.double()).abs().nan_to_num().max())
     relative = gap / max(float(expected.double().abs().nan_to_num().max()), 1e-30)
     changed = int((found.argmax(-1) != expected.argmax(-1)).sum())
+    return Comparison(gap, relative, changed, len(expected), by)
+
+
+def measured(found: Tensor, expected: Tensor, by: str) -> Comparison:
+    """Compares rows of outputs. Raises ExportError if they differ by more than rounding."""
+    comparison = difference(found, expected, by)
     allowed = TOLERANCE.get(expected.dtype, ROUGH)
-    comparison = Comparison(gap, relative, changed, len(expected), by)
-    if not torch.equal(found.isnan(), expected.isnan()) or relative > allowed:
+    if not torch.equal(found.isnan(), expected.isnan()) or comparison.relative > allowed:
         do = "Please report this; export with bake=False meanwhile."
         raise ExportError(describe("the written folder", str(comparison), f"at most {allowed:g} of the largest entry", do))
     return comparison

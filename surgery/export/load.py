@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from surgery.errors import ExportError, describe
 from surgery.export import document
 from surgery.export.fit import Fingerprint
 from surgery.patch import anatomy_of, patch_model
+from surgery.pretrained import class_of
 from surgery.spec import Spec
 
 
@@ -58,10 +56,9 @@ def implementation_of(names: Mapping[str, str]) -> Any:
 
 def _class_of(path: Path, options: dict[str, Any]) -> Any:
     """The class that the config names: of transformers, or, if that is allowed, of the folder's own code."""
-    is_trusted = bool(options.get("trust_remote_code"))
     what = f"the config of {str(path)!r}"
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=is_trusted)
+        found, config = class_of(path, bool(options.get("trust_remote_code")))
     except (OSError, ValueError) as error:
         do = (
             "Pass trust_remote_code=True if you trust the code in the folder."
@@ -69,13 +66,8 @@ def _class_of(path: Path, options: dict[str, Any]) -> Any:
             else "Export again."
         )
         raise ExportError(describe(what, str(error).splitlines()[0], "a config of a known architecture", do)) from None
-    [name, *_] = getattr(config, "architectures", None) or [""]
-    targets = getattr(config, "auto_map", None) or {}
-    own = next((target for target in targets.values() if str(target).endswith(f".{name}")), None)
-    if is_trusted and own is not None:
-        return get_class_from_dynamic_module(own, path)
-    found = getattr(transformers, name, None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found
-    do = "Pass model_class=, a class with from_pretrained."
-    raise ExportError(describe(what, f"the model class {name!r}", "a model class of transformers", do))
+    if found is None:
+        do = "Pass model_class=, a class with from_pretrained."
+        names = getattr(config, "architectures", None)
+        raise ExportError(describe(what, f"the model classes {names!r}", "a model class of transformers", do))
+    return found

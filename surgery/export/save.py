@@ -58,6 +58,7 @@ def export_checkpoint(
     tokenizer: Any = None,
     example_inputs: Mapping[str, Any] | None = None,
     verify: bool = True,
+    progress: bool = True,
     **save: Any,
 ) -> Exported:
     """Writes a patched model as an ordinary Hugging Face folder, complete or not at all.
@@ -73,7 +74,7 @@ def export_checkpoint(
       the folded weights on; by default random tokens. They should run every attention with cuts.
     verify: after baking, load the folder by plain transformers in a new process and compare it with the patched model; the
       result is in the model card (README.md) and in what is returned. Without baking, the surgery is read back.
-    save: of save_pretrained, such as max_shard_size.
+    progress: show a bar while cuts are folded. save: of save_pretrained, such as max_shard_size.
     The forward of the baked model is the patched model's; gradients are those of its new weights.
     An earlier export at `path` is replaced. Raises PatchError for a model that is not patched, SpecError for a callable
     (without baking), ExportError for a path that is taken or a folder that does not compute the same.
@@ -87,7 +88,7 @@ def export_checkpoint(
         do = "Merge its adapters (merge_and_unload) and patch the result, or export_spec the surgery alone."
         raise ExportError(describe("export_checkpoint", f"a {type(model).__name__}", "a model of transformers", do))
     inputs = inputs_for(model, example_inputs) if bake else {}
-    baked = bake_cuts(model, inputs) if bake else Baked(spec)
+    baked = bake_cuts(model, inputs, progress) if bake else Baked(spec)
     if bake is True:
         require_all(baked)
     baked.kept.to_json()  # a callable is found before anything is written

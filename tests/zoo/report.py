@@ -17,7 +17,7 @@ from zoo.build import TYPES
 from zoo.checks import check
 from zoo.page import classes, page, short
 
-RESULTS = Path(__file__).with_name("results.json")
+RESULTS = Path(__file__).parents[2] / "surgery/commands/families.json"  # `surgery families` shows it
 PAGE = Path(__file__).parents[2] / "FAMILIES.md"
 
 
@@ -97,8 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("types", nargs="*", help='names of model types, or "all"')
     parser.add_argument("--shard", default="all", help="i/n")
     parser.add_argument("--json", help="where the outcomes go, in full")
-    parser.add_argument("--merge", nargs="*", help="outcomes of shards, to become results.json")
-    parser.add_argument("--write", action="store_true", help="write FAMILIES.md from results.json")
+    parser.add_argument("--merge", nargs="*", help="outcomes of shards, to become families.json")
+    parser.add_argument("--write", action="store_true", help="write FAMILIES.md from families.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = read(options.merge or [])

@@ -1,0 +1,91 @@
+"""What the commands share: options, errors as messages, JSON, a sign of life on long work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a transformers model.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that `surgery patch` or export_checkpoint wrote.")]
+Device = Annotated[str | None, typer.Option(help="For example cpu or cuda:0.", show_default="cuda if there is one")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(help="A .safetensors file of inputs by the names of forward's arguments.", show_default="random tokens"),
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, in place of the table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def messages(debug: bool) -> Iterator[None]:
+    """Turns errors into a message on stderr and exit code 1; with debug they keep their traceback."""
+    from surgery.errors import SurgeryError
+
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        is_ours = isinstance(error, SurgeryError | OSError)
+        text = str(error) if is_ours else f"{type(error).__name__}: {error} (--debug shows where)"
+        Console(stderr=True).print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Says on stderr, where that is a terminal, what is being done for the length of the block."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def device_of(name: str | None) -> str:
+    """A device that can be used; cuda where there is one, if none is named. Wrong usage otherwise."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise typer.BadParameter(f"{name!r} cannot be used: {str(error).splitlines()[0]}", param_hint="--device") from None
+    return name
+
+
+def read_inputs(path: Path | None) -> dict[str, Any] | None:
+    """The tensors of a file, or None. Raises SurgeryError for a file that cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from surgery.errors import SurgeryError, describe
+
+    if path is None:
+        return None
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        do = "Write one with safetensors.torch.save_file({'input_ids': ids}, path)."
+        raise SurgeryError(describe(f"inputs {str(path)!r}", f"{error}", "a .safetensors file", do)) from None
+
+
+def write_json(data: object) -> None:
+    """To stdout."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+def say(text: object) -> None:
+    """To stdout, as it is."""
+    Console().print(str(text), highlight=False, markup=False, soft_wrap=True)
