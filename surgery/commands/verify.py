@@ -51,7 +51,7 @@ def verify(
 
 
 def _show(found: Any) -> None:
-    title = f"{len(found.cuts)} cuts, {len(found.baked)} in the weights"
+    title = f"cuts that loading applies: {len(found.cuts)}; cuts in the weights: {len(found.baked)}"
     table = Table("compared", "difference", "tokens changed", title=title, title_justify="left")
     for row in found.rows:
         verdict = (" (equal)" if row.difference == 0 else " (must be 0)") if row.must_equal else ""
