@@ -16,6 +16,7 @@ from surgery.errors import SurgeryError as SurgeryError
 from surgery.errors import UnsupportedArchitectureError as UnsupportedArchitectureError
 from surgery.export.load import load_checkpoint as load_checkpoint
 from surgery.export.load import load_spec as load_spec
+from surgery.export.program import export_program as export_program
 from surgery.export.save import export_checkpoint as export_checkpoint
 from surgery.export.save import export_spec as export_spec
 from surgery.family import Family as Family

@@ -36,6 +36,7 @@ ORDER = [
     "surgery.export.fold", "surgery.export.trial", "surgery.export.biases", "surgery.export.bake", "surgery.export.inputs",
     "surgery.export.load", "surgery.export.fresh", "surgery.export.card", "surgery.export.shrink",
     "surgery.export.save", "surgery.export.audit",                                                        # files
+    "surgery.export.forward", "surgery.export.sizes", "surgery.export.onnx_file", "surgery.export.program",   # programs
     "surgery.public", "surgery",                                                                          # the names
     "patches",
     "surgery.plots", "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",

@@ -1,4 +1,4 @@
-"""Writing a folder as a whole: it stands at its path complete, or not at all."""
+"""Writing a folder or a file as a whole: it stands at its path complete, or not at all."""
 
 from __future__ import annotations
 
@@ -24,13 +24,36 @@ def written(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     _check(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    try:
+    with _beside(path) as new:
         new.chmod(0o777 & ~_umask())
         yield new
         _check(path)
         _replace(path, new)
+
+
+@contextmanager
+def written_file(path: str | Path) -> Iterator[Path]:
+    """A path for one new file, which takes the name of `path` when the block ends well and goes away when it does not.
+
+    It has the name already, in a folder of its own: some formats keep the name inside. A file that stands at `path` is replaced;
+    until the last moment it stays as it is. Raises ExportError, before the block, where a folder stands there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ExportError(describe(f"{str(path)!r}", "a folder", "no file or an earlier one", "Choose another path."))
+    with _beside(path) as folder:
+        new = folder / path.name
+        yield new
+        new.replace(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A new folder in the folder of `path`, so on the same disk; what is still in it after the block goes away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -102,11 +102,16 @@ def difference(found: Tensor, expected: Tensor, by: str) -> Comparison:
     return Comparison(gap, relative, changed, len(expected), by)
 
 
-def measured(found: Tensor, expected: Tensor, by: str) -> Comparison:
+def measured(
+    found: Tensor,
+    expected: Tensor,
+    by: str,
+    what: str = "the written folder",
+    do: str = "Please report this; export with bake=False meanwhile.",
+) -> Comparison:
     """Compares rows of outputs. Raises ExportError if they differ by more than rounding."""
     comparison = difference(found, expected, by)
     allowed = TOLERANCE.get(expected.dtype, ROUGH)
     if not torch.equal(found.isnan(), expected.isnan()) or comparison.relative > allowed:
-        do = "Please report this; export with bake=False meanwhile."
-        raise ExportError(describe("the written folder", str(comparison), f"at most {allowed:g} of the largest entry", do))
+        raise ExportError(describe(what, str(comparison), f"at most {allowed:g} of the largest entry", do))
     return comparison
