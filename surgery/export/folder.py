@@ -35,8 +35,8 @@ def written(path: str | Path) -> Iterator[Path]:
 def written_file(path: str | Path) -> Iterator[Path]:
     """A path for one new file, which takes the name of `path` when the block ends well and goes away when it does not.
 
-    It has the name already, in a folder of its own: some formats keep the name inside. A file that stands at `path` is replaced;
-    until the last moment it stays as it is. Raises ExportError, before the block, where a folder stands there.
+    It has the name already, in a folder of its own: some formats keep the name inside. A file at `path` is replaced
+    after the block, and stays as it is until then. Raises ExportError, before the block, where a folder stands there.
     """
     path = Path(path)
     if path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +27,14 @@ def write_onnx(
     forward: Forward, file: Path, wanted: dict[str, Any] | None
 ) -> tuple[Sizes, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """Writes the file and loads it again: the sizes of its inputs, and what runs it. Raises ExportError if it cannot."""
-    exporters, onnx_ir, onnxruntime = (_needed(name) for name in ("transformers.exporters", "onnx_ir", "onnxruntime"))
     _needed("onnxscript")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in forward.state_dict().values())
+    onnx_ir, onnxruntime = _needed("onnx_ir"), _needed("onnxruntime")
+    size = sum(tensor.nbytes for tensor in itertools.chain(forward.parameters(), forward.buffers()))
     if size > LARGEST:
         do = "Use a .pt2 file, or half precision."
         raise ExportError(describe("the ONNX file", f"{size:,} bytes of weights", f"at most {LARGEST:,} in one file", do))
     with _quiet():
+        exporters = _needed("transformers.exporters")
         config = exporters.OnnxConfig(dynamic_shapes=wanted)
         exported = exporters.OnnxExporter().export(forward, dict(forward.tensors), config)
     # An ExportedModel of one part; older versions give torch's ONNXProgram.
@@ -58,7 +60,9 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # torch.onnx prints its steps
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # torch copying its own trees
-        warnings.filterwarnings("ignore", "divide by zero encountered in log", RuntimeWarning)  # constants, behind a where
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)  # in models that the exporter imports
+        # numpy's, of entries behind a where, as the logarithm of distance 0 is, in constants that are computed beforehand.
+        warnings.filterwarnings("ignore", "divide by zero encountered in log|invalid value encountered in cast", RuntimeWarning)
         for logger in loggers:
             logger.setLevel(logging.ERROR)  # packages that are not there, versions not tried, constants not folded
         try:

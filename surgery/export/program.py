@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -80,9 +81,10 @@ def export_program(
     surgery_of(model)
     forward = Forward(model, inputs_for(model, example_inputs))
     wanted = dimensions(forward.tensors, dynamic_shapes)
+    devices = accelerators(next(iter(forward.tensors.values())).device)
     with ExitStack() as around:
         # Exporters set attributes of modules, and a trace leaves tensors without numbers where a forward keeps some.
-        for block in (keeping_random(accelerators(model.device)), keeping_state(forward), evaluating(forward), torch.no_grad()):
+        for block in (keeping_random(devices), keeping_state(forward), evaluating(forward), torch.no_grad()):
             around.enter_context(block)
         # The model runs first: a mistake in the inputs is its own error.
         expected = forward(**forward.tensors)
@@ -128,12 +130,23 @@ def _write_pt2(forward: Forward, file: Path, wanted: dict[str, Any] | None) -> t
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # lines and paths of this machine's files
-    with file.open("wb") as stream:  # torch wants files that are named .pt2
+    _compact(program.constants)
+    with warnings.catch_warnings(), file.open("wb") as stream:  # by name, torch takes .pt2 alone
+        # Weights that are no plain block of memory are written with the whole that they are in, and read with their strides.
+        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
         torch.export.save(program, stream)
     require_no_pickle(file)
-    loaded = torch.export.load(str(file))
+    with file.open("rb") as stream:
+        loaded = torch.export.load(stream)
     module = loaded.module()
     return sizes_of(loaded, forward.tensors), lambda inputs: module(**inputs)
+
+
+def _compact(constants: dict[str, Any]) -> None:
+    """Gives parts of larger tensors, such as one head of a captured run, memory of their own: torch would write the whole."""
+    for name, tensor in constants.items():
+        if isinstance(tensor, Tensor):
+            constants[name] = tensor.clone(memory_format=torch.contiguous_format)
 
 
 def require_no_pickle(file: Path) -> None:
@@ -157,7 +170,7 @@ def _elsewhere(forward: Forward, inputs: Mapping[str, Tensor], text: str) -> dic
         return forward(**inputs)
     except Exception as error:  # of whatever kind a model raises
         found = f"{text}, where the model itself raises {type(error).__name__}: {error}"
-        do = "Bound the sizes, by Dim('length', max=...), or fix them."
+        do = "Bound the sizes, by Dim('length', min=..., max=...), or fix them."
         raise ExportError(describe("dynamic_shapes", found, "sizes that the model takes", do)) from error
 
 
