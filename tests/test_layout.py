@@ -32,10 +32,10 @@ ORDER = [
     "surgery.captures", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
     "surgery.factored", "surgery.linear", "surgery.behind", "surgery.heads", "surgery.weights",           # its weights
     "surgery.pretrained",
-    "surgery.export", "surgery.export.folder", "surgery.export.fit", "surgery.export.document", "surgery.export.affine",
-    "surgery.export.fold", "surgery.export.trial", "surgery.export.biases", "surgery.export.bake", "surgery.export.inputs",
-    "surgery.export.load", "surgery.export.fresh", "surgery.export.card", "surgery.export.shrink",
-    "surgery.export.save", "surgery.export.audit",                                                        # files
+    "surgery.export", "surgery.export.folder", "surgery.export.fit", "surgery.export.document", "surgery.export.offload",
+    "surgery.export.types", "surgery.export.affine", "surgery.export.fold", "surgery.export.trial", "surgery.export.biases",
+    "surgery.export.bake", "surgery.export.inputs", "surgery.export.load", "surgery.export.fresh", "surgery.export.card",
+    "surgery.export.saving", "surgery.export.shrink", "surgery.export.save", "surgery.export.audit",      # files
     "surgery.export.forward", "surgery.export.sizes", "surgery.export.onnx_file", "surgery.export.program",   # programs
     "surgery.public", "surgery",                                                                          # the names
     "patches",

@@ -50,12 +50,15 @@ def bake(model: Any, inputs: Mapping[str, Any], progress: bool = False) -> Baked
     """
     session = session_of(model)
     assert session is not None
+    if getattr(model, "hf_quantizer", None) is not None:
+        why = "the model is quantised, and its weights are saved as they are; load it without quantisation"
+        return Baked(session.spec, refused=[f"cut {n} ({cut}): {why}" for n, cut in enumerate(session.spec)])
     anatomy = anatomy_of(model, strict=False)
     plans = lower(session.spec, anatomy)
     concerned = [attention for attention in anatomy if attention.address in plans]
     trials = Trials(model, concerned, inputs)
     result = Baked(session.spec)
-    weights, biases = Weights(model), Biases(model)
+    weights, biases = Weights.of(model), Biases(model)
     done: set[Key] = set()
     for attention in tqdm(concerned, desc="folding cuts", unit="attention", disable=not progress, leave=False):
         operations = plans[attention.address].operations
@@ -73,9 +76,11 @@ def bake(model: Any, inputs: Mapping[str, Any], progress: bool = False) -> Baked
             left = rest
             result.folded += what
             done.update(keys)
+        weights.settle()
     result.kept = _kept(session.spec, anatomy, done)
     result.config = biases.config(weights)
-    result.changed = {name: value.to(model.dtype).contiguous() for name, value in weights.changed.items()}
+    weights.settle()
+    result.changed = {name: value.contiguous() for name, value in weights.changed.items()}
     return result
 
 

@@ -25,6 +25,7 @@ from surgery.reference import stored
 from surgery.spec import Spec
 
 TENSORS = "surgery.safetensors"
+TypeName = Literal["float64", "float32", "float16", "bfloat16"]
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
@@ -32,8 +33,9 @@ class Document(BaseModel):
     """The contents of surgery.json.
 
     written_by: versions of this package, torch and transformers; implementation: the attention implementation by the name of
-    the config's part ("" for the whole); spec: as Spec.to_json has it; tensors: the hash of surgery.safetensors, or None
-    without one; baked: what was folded into the weights, in words, and is not in the spec any more.
+    the config's part ("" for the whole); types: see surgery.export.types; spec: as Spec.to_json has it; tensors: the hash of
+    surgery.safetensors, or None without one; baked: what was folded into the weights, in words, and is not in the spec any
+    more.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -43,6 +45,7 @@ class Document(BaseModel):
     model: Fingerprint
     kernel: Literal["auto", "eager"] = "auto"
     implementation: dict[str, str]
+    types: dict[str, TypeName] = {}
     spec: dict[str, Any]
     tensors: Digest | None = None
     baked: list[str] = []

@@ -23,14 +23,30 @@ from surgery.taps import at_hand, has_numbers
 
 @dataclass
 class Weights:
-    """New values of parameters by their full name, in float64, as far as they changed; the model has none of `added` yet."""
+    """New values of parameters by their full name, as far as they changed; the model has none of `added` yet.
+
+    In float64 while one attention is worked on, and then, settled, in the model's own types. shared: parameters of two modules.
+    """
 
     model: nn.Module
     changed: dict[str, Tensor] = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
+    shared: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Weights:
+        return cls(model, shared=_shared(model))
 
     def copy(self) -> Weights:
-        return Weights(self.model, dict(self.changed), set(self.added))
+        return Weights(self.model, dict(self.changed), set(self.added), self.shared)
+
+    def settle(self) -> None:
+        """Rounds what changed to the types of the parameters: a large model has no room for copies in float64."""
+        for name, value in self.changed.items():
+            owner, _, kind = name.rpartition(".")
+            module: Any = self.model.get_submodule(owner)
+            own = getattr(module, kind, None)
+            self.changed[name] = value.to(module.weight.dtype if own is None else own.dtype)
 
     def matrix(self, path: str) -> Tensor:
         """(d_in, d_out) of a linear map, a copy in float64. Raises Unfoldable for a map that is not stored as numbers."""
@@ -60,8 +76,10 @@ class Weights:
         self.changed[f"{path}.bias"] = value
 
     def _value(self, name: str, module: nn.Module) -> Tensor:
+        if name in self.shared:
+            raise Unfoldable(f"{name} is the weight of another module too (they are tied)")
         if name in self.changed:
-            return self.changed[name].clone()
+            return self.changed[name].to(torch.float64, copy=True)
         with at_hand(module):
             value = getattr(module, name.rpartition(".")[2])
             if not has_numbers(value):
@@ -69,6 +87,19 @@ class Weights:
             if value.is_meta:
                 raise Unfoldable(f"{name} is on the meta device, without data")
             return value.detach().cpu().double().clone()
+
+
+def _shared(model: nn.Module) -> frozenset[str]:
+    """The names of parameters that two modules have; a module that stands at two places is one."""
+    owners: dict[int, set[int]] = {}
+    named = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named:
+        owners.setdefault(id(parameter), set()).add(id(model.get_submodule(name.rpartition(".")[0])))
+    # Ties of offloaded weights are known by their names alone.
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    own = {name for name, parameter in named if len(owners[id(parameter)]) > 1}
+    away = {n for n, p in named if p.is_meta and (n in ties or n in ties.values())}
+    return frozenset(own | away)
 
 
 def folds(attention: Attention, site: str, operations: list[Operation], weights: Weights) -> Iterator[Weights]:

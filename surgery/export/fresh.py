@@ -19,6 +19,7 @@ from surgery.errors import ExportError, describe
 from surgery.evaluation import evaluating
 from surgery.export.inputs import output_of, without_padding
 from surgery.export.load import implementation_of
+from surgery.export.types import narrowest
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference, as a part of the largest entry: folded weights are rounded once, sums are taken in another order."""
@@ -38,7 +39,9 @@ else:
     cls = getattr(transformers, options["class"], transformers.AutoModel)
     model = cls.from_pretrained(folder, attn_implementation=options["implementation"], **options["load"])
     assert "surgery" not in sys.modules and "patches" not in sys.modules
-model = model.eval().to(options["device"])
+model = model.eval()
+if "device_map" not in options["load"]:
+    model = model.to(options["device"])
 inputs = {**{n: t.to(options["device"]) for n, t in load_file(work + "/inputs.safetensors").items()}, **options["inputs"]}
 with torch.no_grad():
     output = model(**inputs)
@@ -65,22 +68,27 @@ class Comparison:
         return f"loaded by {self.by}: largest difference {self.difference:.3g} ({self.relative:.1e} of the largest); {tokens}"
 
 
-def compare(model: Any, folder: Path, inputs: Mapping[str, Any], with_surgery: bool, names: Mapping[str, str]) -> Comparison:
+def compare(
+    model: Any,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    with_surgery: bool,
+    names: Mapping[str, str],
+    variant: str | None = None,
+) -> Comparison:
     """Raises ExportError if the folder does not load, or does not compute what the patched model does."""
     with evaluating(model):
         expected = output_of(model, inputs)
     with tempfile.TemporaryDirectory() as work:
         tensors = {name: value.contiguous().cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
         save_file(tensors, Path(work) / "inputs.safetensors")
-        is_custom = type(model).__module__.startswith("transformers_modules.")
         options = {
             "class": type(model).__name__,
             "implementation": implementation_of(names),
             "device": str(model.device) if model.device.type != "meta" else "cpu",
             "inputs": {name: value for name, value in inputs.items() if not isinstance(value, Tensor)},
             "surgery": with_surgery,
-            # The code is that of the model which runs in this process already.
-            "load": {"trust_remote_code": True} if is_custom else {},
+            "load": _options(model, Path(work), variant),
         }
         process = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(folder), work, json.dumps(options)], capture_output=True, text=True, check=False
@@ -91,7 +99,18 @@ def compare(model: Any, folder: Path, inputs: Mapping[str, Any], with_surgery: b
             raise ExportError(describe("the written folder", f"that it does not load ({last[0]})", "a loadable model", do))
         tensor = load_file(Path(work) / "output.safetensors")["output"]
     by = "this package" if with_surgery else "plain transformers"
-    return measured(without_padding(tensor, inputs), without_padding(expected, inputs), by)
+    return measured(without_padding(tensor, inputs), without_padding(expected, inputs), by, narrowest(model))
+
+
+def _options(model: Any, work: Path, variant: str | None) -> dict[str, Any]:
+    """Of from_pretrained: a model that is in part on a disk here is there as well."""
+    found: dict[str, Any] = {"variant": variant} if variant else {}
+    if type(model).__module__.startswith("transformers_modules."):
+        found["trust_remote_code"] = True  # the code is that of the model which runs in this process already
+    places = getattr(model, "hf_device_map", None) or {}
+    if "disk" in places.values():
+        found |= {"device_map": {name: str(place) for name, place in places.items()}, "offload_folder": str(work / "offload")}
+    return found
 
 
 def difference(found: Tensor, expected: Tensor, by: str) -> Comparison:
@@ -106,12 +125,13 @@ def measured(
     found: Tensor,
     expected: Tensor,
     by: str,
+    dtype: torch.dtype,
     what: str = "the written folder",
     do: str = "Please report this; export with bake=False meanwhile.",
 ) -> Comparison:
-    """Compares rows of outputs. Raises ExportError if they differ by more than rounding."""
+    """Compares rows of outputs. Raises ExportError if they differ by more than rounding in a type."""
     comparison = difference(found, expected, by)
-    allowed = TOLERANCE.get(expected.dtype, ROUGH)
+    allowed = TOLERANCE.get(dtype, ROUGH)
     if not torch.equal(found.isnan(), expected.isnan()) or comparison.relative > allowed:
         raise ExportError(describe(what, str(comparison), f"at most {allowed:g} of the largest entry", do))
     return comparison

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import ExportError, describe
+from surgery.taps import runs_on
 
 BATCH, LENGTH = 2, 16
 
@@ -27,9 +28,10 @@ def example_inputs(model: Any, given: Mapping[str, Any] | None = None) -> dict[s
     if name != "input_ids" or vocabulary is None:
         do = "Pass example_inputs={...}, as the model's forward takes them."
         raise ExportError(describe("example inputs", f"a model that reads {name!r}", "input_ids", do))
+    device = runs_on(model) if model.device.type == "meta" else model.device
     generator = torch.Generator().manual_seed(0)
     low = min(5, vocabulary - 1)  # the first tokens are often special: padding changes what a model does
-    ids = torch.randint(low, vocabulary, (BATCH, LENGTH), generator=generator).to(model.device)
+    ids = torch.randint(low, vocabulary, (BATCH, LENGTH), generator=generator).to(device)
     found: dict[str, Any] = {"input_ids": ids}
     if "decoder_input_ids" in names and getattr(model.config, "is_encoder_decoder", False):
         found["decoder_input_ids"] = ids.roll(1, 0)[:, : LENGTH // 2]

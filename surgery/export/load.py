@@ -11,6 +11,7 @@ from torch import nn
 from surgery.errors import ExportError, describe
 from surgery.export import document
 from surgery.export.fit import Fingerprint
+from surgery.export.types import restore
 from surgery.patch import anatomy_of, patch_model
 from surgery.pretrained import class_of
 from surgery.spec import Spec
@@ -31,6 +32,8 @@ def load_spec(path: str | Path, model: nn.Module | None = None) -> Spec:
 def load_checkpoint(path: str | Path, *, model_class: Any = None, **options: Any) -> Any:
     """The patched model of a folder that `export_checkpoint` wrote: the logits, bit for bit, of what was exported.
 
+    With options that change numbers or kernels: of the model that from_pretrained gives with them, under the same cuts.
+
     model_class: a class with from_pretrained; by default the one of transformers that the config names.
     options: of from_pretrained, such as dtype, device_map, quantization_config; the attention implementation is that of the
       exported model unless attn_implementation is given.
@@ -45,6 +48,8 @@ def load_checkpoint(path: str | Path, *, model_class: Any = None, **options: Any
     model = cls.from_pretrained(path, use_safetensors=True, **options)
     inner = model[0] if isinstance(model, tuple) else model  # with output_loading_info
     found.model.require(Fingerprint.of(inner, anatomy_of(inner, strict=False)), "the loaded model")
+    if found.types and not {"dtype", "torch_dtype", "quantization_config"} & set(options):
+        restore(inner, found.types, path, options.get("variant"))
     patch_model(inner, spec, kernel=found.kernel, strict=False)
     return model
 

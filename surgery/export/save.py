@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from surgery.configs import config_parts
 from surgery.derive import find_anatomy
@@ -21,7 +20,10 @@ from surgery.export.fit import Fingerprint
 from surgery.export.folder import written
 from surgery.export.fresh import Comparison, compare
 from surgery.export.inputs import example_inputs as inputs_for
+from surgery.export.offload import is_offloaded
+from surgery.export.saving import replaced, require_savable, save
 from surgery.export.shrink import shrink as shrink_heads
+from surgery.export.types import types_of
 from surgery.patch import anatomy_of, session_of
 from surgery.spec import Spec
 
@@ -59,7 +61,7 @@ def export_checkpoint(
     example_inputs: Mapping[str, Any] | None = None,
     verify: bool = True,
     progress: bool = True,
-    **save: Any,
+    **options: Any,
 ) -> Exported:
     """Writes a patched model as an ordinary Hugging Face folder, complete or not at all.
 
@@ -74,7 +76,9 @@ def export_checkpoint(
       the folded weights on; by default random tokens. They should run every attention with cuts.
     verify: after baking, load the folder by plain transformers in a new process and compare it with the patched model; the
       result is in the model card (README.md) and in what is returned. Without baking, the surgery is read back.
-    progress: show a bar while cuts are folded. save: of save_pretrained, such as max_shard_size.
+    progress: show a bar while cuts are folded.
+    options: of save_pretrained, such as max_shard_size, variant. A model that accelerate offloads is written in files of 2 GB
+      unless max_shard_size says otherwise, one of them in memory at a time.
     The forward of the baked model is the patched model's; gradients are those of its new weights.
     An earlier export at `path` is replaced. Raises PatchError for a model that is not patched, SpecError for a callable
     (without baking), ExportError for a path that is taken or a folder that does not compute the same.
@@ -84,9 +88,8 @@ def export_checkpoint(
         raise ExportError(
             describe("export_checkpoint", f"bake={bake!r}", "False, True or 'where_possible'", "Use one of these.")
         )
-    if not isinstance(model, PreTrainedModel):
-        do = "Merge its adapters (merge_and_unload) and patch the result, or export_spec the surgery alone."
-        raise ExportError(describe("export_checkpoint", f"a {type(model).__name__}", "a model of transformers", do))
+    require_savable(model, options)
+    is_offloaded(model)  # weights that are nowhere are found before anything is written
     inputs = inputs_for(model, example_inputs) if bake else {}
     baked = bake_cuts(model, inputs, progress) if bake else Baked(spec)
     if bake is True:
@@ -94,7 +97,7 @@ def export_checkpoint(
     baked.kept.to_json()  # a callable is found before anything is written
     anatomy = anatomy_of(model)
     fingerprint = Fingerprint.of(model, anatomy)
-    tensors = {**model.state_dict(), **baked.changed} if baked.changed else None
+    tensors = replaced(model, baked.changed) if baked.changed else None
     config = baked.config
     if shrink:
         _require_no_cuts(baked.kept)
@@ -102,18 +105,20 @@ def export_checkpoint(
         tensors, config = smaller.tensors, smaller.config
         fingerprint = Fingerprint.of(smaller.model, find_anatomy(smaller.model, strict=False))
     with written(path) as folder:
-        model.save_pretrained(folder, state_dict=tensors, **save)
+        save(model, folder, tensors, options)
+        tensors = None
         if config is not None:
             config.architectures, config.dtype = model.config.architectures, model.config.dtype
             config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        document.write(folder, baked.kept, fingerprint, baked=baked.folded, **more)
+        document.write(folder, baked.kept, fingerprint, types=types_of(model), baked=baked.folded, **more)
         comparison = None
         if verify and document.read(folder)[1] != baked.kept:
             raise ExportError(describe(f"{str(path)!r}", "another spec in surgery.json", "the one written", "Check the disk."))
         if verify and bake:
-            comparison = compare(model, folder, inputs, bool(len(baked.kept)), more["implementation"])
+            variant = options.get("variant")
+            comparison = compare(model, folder, inputs, bool(len(baked.kept)), more["implementation"], variant)
         (folder / "README.md").write_text(card(model, spec, baked, comparison), encoding="utf-8")
     return Exported(Path(path), tuple(baked.folded), tuple(baked.refused), comparison)
 

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery.anatomy import Anatomy, Attention
 from surgery.errors import ExportError, describe, listing
+from surgery.export.offload import loaded
+from surgery.export.saving import replaced
 
 DO = "Export without shrink=True: the heads are zero in the weights."
 
@@ -33,7 +35,7 @@ def shrink(model: Any, anatomy: Anatomy, changed: Mapping[str, Tensor]) -> Shrun
     changed: the folded weights by name. Raises ExportError, with every reason, where that is not possible: an attention whose
     heads all act, or a config that does not say the number of heads, or ties it to widths.
     """
-    tensors = {**model.state_dict(), **changed}
+    tensors = replaced(model, changed)
     shapes = {(a.heads, a.kv_heads, a.d_head, a.d_value) for a in anatomy}
     silent = {attention.path: _silent_groups(model, attention, tensors) for attention in anatomy}
     problems = []
@@ -74,7 +76,7 @@ def _silent_groups(model: Any, attention: Attention, tensors: Mapping[str, Tenso
     if set(attention.projections) < {"q", "k", "v", "o"}:
         return []
     projection = attention.projections["o"]
-    weight = tensors[f"{projection.path}.weight"]
+    weight = _numbers(model, tensors, f"{projection.path}.weight")
     matrix = weight if isinstance(model.get_submodule(projection.path), Conv1D) else weight.T
     silent = [not bool(matrix[channels].any()) for channels in projection.channels]
     size = attention.group_size
@@ -105,13 +107,19 @@ def _cut(model: Any, attention: Attention, removed: list[int], tensors: dict[str
         path, side = key.split("/")
         is_transposed = isinstance(model.get_submodule(path), Conv1D)
         axis = 1 if (side == "in") is not is_transposed else 0
-        weight = tensors[f"{path}.weight"]
+        weight = _numbers(model, tensors, f"{path}.weight")
         kept = torch.tensor([n for n in range(weight.shape[axis]) if n not in numbers], device=weight.device)
         tensors[f"{path}.weight"] = weight.index_select(axis, kept)
         if side == "out" and f"{path}.bias" in tensors:
-            tensors[f"{path}.bias"] = tensors[f"{path}.bias"].index_select(0, kept)
+            tensors[f"{path}.bias"] = _numbers(model, tensors, f"{path}.bias").index_select(0, kept)
     left = torch.tensor([head for head in range(attention.heads) if head not in queries])
     for name, parameter in attention.module.named_parameters(recurse=False):
         if parameter.dim() == 1 and len(parameter) == attention.heads:  # one number a head, such as a sink
             full = f"{attention.path}.{name}"
-            tensors[full] = tensors[full].index_select(0, left.to(parameter.device))
+            vector = _numbers(model, tensors, full)
+            tensors[full] = vector.index_select(0, left.to(vector.device))
+
+
+def _numbers(model: Any, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor of the new state dict, loaded if it is one of the model's that lies elsewhere."""
+    return loaded(model, name) if tensors[name].is_meta else tensors[name]

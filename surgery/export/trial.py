@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,10 @@ from transformers import Cache
 from surgery.anatomy import Attention
 from surgery.evaluation import evaluating
 from surgery.export.fold import Weights
+from surgery.export.offload import copied
 from surgery.patch import patched
 from surgery.spec import Spec
+from surgery.taps import runs_on
 
 CLOSE = 1e-5
 """Largest difference, as a part of the largest entry. The trial is in float64, but families norm and softmax in float32."""
@@ -34,7 +35,7 @@ class Trials:
 
         def note(path: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.calls[path] = tree_map(_copied, (args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
+                self.calls[path] = tree_map(_noted, (args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
 
             return hook
 
@@ -51,12 +52,13 @@ class Trials:
         """(batch, position, d_model): what the attention gives under cuts, with other weights, in float64."""
         path = _holder(attention)
         with patched(self.model, cuts, kernel="eager", strict=False), evaluating(self.model):
-            module = copy.deepcopy(self.model.get_submodule(path)).double()
+            holder = self.model.get_submodule(path)
+            device, module = runs_on(holder), copied(holder).double()
         for name, value in (weights.changed if weights is not None else {}).items():
             if name.startswith(f"{path}.") or not path:
                 owner, _, kind = name.removeprefix(f"{path}.").rpartition(".")
-                module.get_submodule(owner)._parameters[kind] = nn.Parameter(value)
-        args, kwargs = tree_map(_doubled, self.calls[path])
+                module.get_submodule(owner)._parameters[kind] = nn.Parameter(value.to(device, torch.float64))
+        args, kwargs = tree_map(lambda value: _doubled(value, device), self.calls[path])
         with torch.no_grad():
             found = tree_leaves(module(*args, **kwargs))
         return next(t for t in found if isinstance(t, Tensor))
@@ -97,12 +99,14 @@ def _holder(attention: Attention) -> str:
     return ".".join(common)
 
 
-def _copied(value: Any) -> Any:
+def _noted(value: Any) -> Any:
     """A tensor's copy; a KV cache would be filled twice, and is left out."""
     if isinstance(value, Cache):
         return None
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _doubled(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _doubled(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, torch.float64) if value.is_floating_point() else value.to(device)
