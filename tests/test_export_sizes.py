@@ -219,17 +219,17 @@ def test_a_model_of_several_types(size: str, bake: bool, tmp_path: Path) -> None
 # -- larger than memory -------------------------------------------------------------------------------------------------------
 
 
-def places(model: Any) -> dict[str, str]:
+def places(module: Any, path: str = "") -> dict[str, str]:
     """A device map with the layers on the disk and what surrounds them in memory."""
-    found = {}
-    for top, part in model.named_children():
-        for name, child in part.named_children() or [("", part)]:
-            layers = isinstance(child, nn.ModuleList)
-            found |= (
-                {f"{top}.{name}.{i}": "disk" for i in range(len(child))} if layers else {f"{top}.{name}".rstrip("."): "cpu"}
-            )
-        if not list(part.named_children()):
-            found[top] = "cpu"
+    found: dict[str, str] = {}
+    for name, part in module.named_children():
+        at = f"{path}{name}"
+        if isinstance(module, nn.ModuleList):
+            found[at] = "disk"
+        elif any(isinstance(inner, nn.ModuleList) for inner in part.modules()):
+            found |= places(part, f"{at}.")
+        else:
+            found[at] = "cpu"
     return found
 
 
