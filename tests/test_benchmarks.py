@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 import surgery.unfused
-from benchmarks import machine, memory, models, overhead, patching, results, table
+from benchmarks import export, machine, memory, models, overhead, patching, results, table
+from benchmarks.resident import watched
 from benchmarks.timing import Pairs, Spread, interleave
 from surgery import Edit, Spec, patched
 from surgery.classes import SurgicalAttention
@@ -123,6 +126,46 @@ def test_peak_of_a_known_computation() -> None:
     assert memory._peak_cpu(forward) == pytest.approx(2 * 4_000_000, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
+@pytest.mark.parametrize(("place", "case"), [("memory", "bake"), ("shards", "export"), ("disk", "save"), ("disk", "bake")])
+def test_exports_are_measured(place: str, case: str, tmp_path: Path) -> None:
+    found = export.measure(place, case, export.Settings(layers=2, heads=4, d_head=8, shards=3), tmp_path)
+    assert found["size"] > 100_000 and found["wall"] > 0 and found["growth"] >= 0
+    files = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert (files > 1) == (place != "memory")
+
+
+def test_an_export_of_something_else_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "export_checkpoint", lambda model, folder, **options: folder.mkdir())
+    with pytest.raises(RuntimeError, match="memory, export: 0 bytes were written of a model of"):
+        export.measure("memory", "export", export.Settings(layers=1, heads=4, d_head=8), tmp_path)
+
+
+def test_highest_memory_of_a_known_computation() -> None:
+    """Of this process, of one that it starts, and not of a mapped file."""
+    with watched() as found:
+        torch.ones(50_000_000 // 4).sum()
+        script = "x = bytearray(b'x') * 90_000_000; import time; time.sleep(0.3)"
+        subprocess.run([sys.executable, "-S", "-c", script], check=True)
+    assert 90_000_000 < found["highest"] - found["before"] < 130_000_000
+
+
+def test_exports_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def run(*arguments: str) -> dict[str, float]:
+        calls.append(arguments)
+        return {"growth": 100.0 * (1 + (len(calls) - 1) // 12), "size": 200.0, "wall": 1.0}
+
+    monkeypatch.setattr(export, "child", run)
+    rows = list(export.rows(export.Settings(rounds=3)))
+    assert len(rows) == 12 and {numbers(row) for row in rows} == {(1.0, 0.75, 1.25)}
+    orders = [[call[1:3] for call in calls[i : i + 12]] for i in (0, 12, 24)]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+    assert json.loads(calls[0][-1])["rounds"] == 3
+    assert {row["met"] for row in rows if row["target"] is not None} == {False}
+
+
 def test_patching_is_measured_and_summed_up() -> None:
     found = patching.measure(1, heads=2, d_head=4)
     assert set(found) == {*patching.STEPS, "forward"} and all(seconds > 0 for seconds in found.values())
@@ -218,6 +261,10 @@ def test_committed_results_have_the_stated_sizes() -> None:
         assert found["settings"]["rounds"] >= 20
         assert {**found["settings"], "rounds": 20} == sizes
         assert {row["part"] for row in found["rows"]} <= set(overhead.PARTS)
+
+    for file in sorted(results.FOLDER.glob("export-*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert found["settings"] == asdict(export.Settings()) and len(found["rows"]) == len(export.PLACES) * len(export.CASES)
 
 
 def test_parts_are_measured_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

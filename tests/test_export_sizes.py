@@ -216,6 +216,17 @@ def test_a_model_of_several_types(size: str, bake: bool, tmp_path: Path) -> None
     }
 
 
+def test_the_first_type_is_not_taken_for_all(tmp_path: Path) -> None:
+    """A model's config names the type of its first parameter, in which from_pretrained would round all others."""
+    model = FAMILIES["llama"].build("sdpa")
+    model.model.embed_tokens.bfloat16()
+    model.model.layers[0].mlp.half()
+    export_checkpoint(patch_model(model), tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    for one, other in zip(named(load_checkpoint(tmp_path / "out")), named(model), strict=True):
+        assert one[0] == other[0] and one[1].dtype == other[1].dtype and torch.equal(one[1], other[1]), one[0]
+
+
 # -- larger than memory -------------------------------------------------------------------------------------------------------
 
 

@@ -106,7 +106,7 @@ def export_checkpoint(
         fingerprint = Fingerprint.of(smaller.model, find_anatomy(smaller.model, strict=False))
     with written(path) as folder:
         save(model, folder, tensors, options)
-        tensors = None
+        baked.changed.clear()  # written: the comparison needs the memory
         if config is not None:
             config.architectures, config.dtype = model.config.architectures, model.config.dtype
             config.save_pretrained(folder)

@@ -7,6 +7,7 @@ part (norms or a head in float32) comes back as a whole in the type that its con
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ Types = dict[str, str]
 
 
 def types_of(model: Any) -> Types:
-    """The model's own type, and those of floating parameters and buffers that differ, or that are not stored."""
+    """The type of most floating tensors of the state dict; by name, those of the others and of buffers that are not in it."""
     stored = model.state_dict().keys()
-    found = {n: t.dtype for n, t in _floats(model) if t.dtype != model.dtype or n not in stored}
-    return {name: str(dtype).removeprefix("torch.") for name, dtype in {"": model.dtype, **found}.items()}
+    counted = Counter(tensor.dtype for name, tensor in _floats(model) if name in stored)
+    if not counted:
+        return {}
+    [(usual, _)] = counted.most_common(1)
+    found = {name: tensor.dtype for name, tensor in _floats(model) if tensor.dtype != usual or name not in stored}
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in {"": usual, **found}.items()}
 
 
 def restore(model: nn.Module, types: Mapping[str, str], folder: Path, variant: str | None = None) -> None:
@@ -37,7 +42,8 @@ def restore(model: nn.Module, types: Mapping[str, str], folder: Path, variant: s
     """
     files, stored = _Files(folder, variant), model.state_dict().keys()
     for name, tensor in _floats(model):
-        dtype = getattr(torch, types.get(name) or (types[""] if name in stored else str(tensor.dtype)[6:]))
+        known = types.get(name) or (types.get("") if name in stored else None)
+        dtype = tensor.dtype if known is None else getattr(torch, known)
         if tensor.dtype == dtype:
             continue
         found = files.read(name)
