@@ -175,8 +175,12 @@ def test_a_cast_model_is_the_same_again(name: str, dtype: torch.dtype, tmp_path:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_cast_model_is_baked_in_its_own_type(dtype: torch.dtype, tmp_path: Path) -> None:
     model = patch_model(FAMILIES["gpt2"].build("sdpa", dtype=dtype), CUTS)
-    done = export_checkpoint(model, tmp_path / "out", bake=True, example_inputs=FAMILIES["gpt2"].inputs())
-    assert done.comparison is not None and done.comparison.changed == 0
+    given, is_compared = FAMILIES["gpt2"].inputs(), dtype == torch.bfloat16
+    done = export_checkpoint(model, tmp_path / "out", bake=True, example_inputs=given, verify=is_compared)
+    assert not is_compared or (done.comparison is not None and done.comparison.changed == 0)
+    found, expected = (logits(one, "gpt2")[kept("gpt2")] for one in (load_checkpoint(tmp_path / "out"), model))
+    # As a part of the largest: folded weights are rounded once more, sums are taken in another order.
+    assert (found - expected).abs().max() <= (0.02 if is_compared else 1e-12) * expected.abs().max()
     plain = AutoConfig.from_pretrained(tmp_path / "out").dtype
     assert plain == dtype and {p.dtype for p in load_checkpoint(tmp_path / "out").parameters()} == {dtype}
 
