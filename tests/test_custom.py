@@ -36,8 +36,10 @@ from surgery import (
     UnsupportedArchitectureError,
     capture,
     collect_reference,
+    export_checkpoint,
     find_anatomy,
     inspect_model,
+    load_checkpoint,
     patch_model,
     patched,
     self_test,
@@ -486,6 +488,19 @@ def test_saved_it_is_the_checkpoint_that_was_loaded(name: str, tmp_path: Path) -
     again = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
     assert torch.equal(logits(again), logits(load(name)))
     assert torch.equal(logits(patch_model(again, Freeze("both", heads=[1]))), logits(model))
+
+
+@by_name
+def test_exported_and_baked(name: str, tmp_path: Path) -> None:
+    model = patch_model(load(name), Freeze("ov", layers=[0], heads=[1]))
+    expected = logits(model)
+    export_checkpoint(model, tmp_path / "cut")
+    assert torch.equal(logits(load_checkpoint(tmp_path / "cut", trust_remote_code=True)), expected)
+    # Compared in a process of its own, by the auto class that the model's code registers.
+    done = export_checkpoint(model, tmp_path / "baked", bake=True)
+    assert done.comparison is not None and done.comparison.changed == 0
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", trust_remote_code=True)
+    torch.testing.assert_close(logits(baked), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("cut", ["none", "pattern previous"])

@@ -83,7 +83,7 @@ def compare(
         tensors = {name: value.contiguous().cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
         save_file(tensors, Path(work) / "inputs.safetensors")
         options = {
-            "class": type(model).__name__,
+            "class": _loader(model),
             "implementation": implementation_of(names),
             "device": str(model.device) if model.device.type != "meta" else "cpu",
             "inputs": {name: value for name, value in inputs.items() if not isinstance(value, Tensor)},
@@ -100,6 +100,12 @@ def compare(
         tensor = load_file(Path(work) / "output.safetensors")["output"]
     by = "this package" if with_surgery else "plain transformers"
     return measured(without_padding(tensor, inputs), without_padding(expected, inputs), by, narrowest(model))
+
+
+def _loader(model: Any) -> str:
+    """The class of transformers that loads a model: its own, or the auto class for which its own code has it."""
+    name, targets = type(model).__name__, getattr(model.config, "auto_map", None) or {}
+    return next((auto for auto, target in targets.items() if str(target).endswith(f".{name}")), name)
 
 
 def _options(model: Any, work: Path, variant: str | None) -> dict[str, Any]:

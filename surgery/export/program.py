@@ -24,6 +24,7 @@ from surgery.export.inputs import without_padding
 from surgery.export.onnx_file import write_onnx
 from surgery.export.save import surgery_of
 from surgery.export.sizes import Sizes, other_inputs, sizes_of
+from surgery.export.types import narrowest
 
 Format = Literal["pt2", "onnx"]
 FORMATS: dict[str, str] = {"pt2": "torch.export", "onnx": "onnxruntime"}
@@ -94,11 +95,12 @@ def export_program(
         if wanted is not None and not sizes.symbols:
             do = "Leave dynamic_shapes out, or name a size that the model does not take for a constant."
             raise ExportError(describe("dynamic_shapes", f"that all sizes are fixed: {sizes}", "one that may vary", do))
-        comparison = _compared(run, forward.tensors, expected, kind)
+        dtype = narrowest(forward)
+        comparison = _compared(run, forward.tensors, expected, kind, dtype)
         others = {}
         for inputs in other_inputs(forward.tensors, sizes):
             text = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-            others[text] = _compared(run, inputs, _elsewhere(forward, inputs, text), kind, text)
+            others[text] = _compared(run, inputs, _elsewhere(forward, inputs, text), kind, dtype, text)
     return Program(path, sizes, comparison, others)
 
 
@@ -174,7 +176,9 @@ def _elsewhere(forward: Forward, inputs: Mapping[str, Tensor], text: str) -> dic
         raise ExportError(describe("dynamic_shapes", found, "sizes that the model takes", do)) from error
 
 
-def _compared(run: Run, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind: str, at: str = "") -> Comparison:
+def _compared(
+    run: Run, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind: str, dtype: torch.dtype, at: str = ""
+) -> Comparison:
     """Of the main output. Raises ExportError if any is another than the model's."""
     program = f"the written program{at and f' at {at}'}"
     by, do = FORMATS[kind], "Please report this; the other format may do."
@@ -189,5 +193,5 @@ def _compared(run: Run, inputs: Mapping[str, Tensor], expected: Mapping[str, Ten
             raise ExportError(describe(f"{name} of {program}", f"shape {shape}", f"shape {tuple(tensor.shape)}", do))
         if tensor.numel():
             pair = [without_padding(output, inputs) for output in (found[name], tensor)]
-            rows[name] = measured(pair[0], pair[1], by, f"{name} of {program}", do)
+            rows[name] = measured(pair[0], pair[1], by, dtype, f"{name} of {program}", do)
     return rows[main_output(expected)]
