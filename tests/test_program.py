@@ -176,7 +176,7 @@ def test_families_at_any_size(name: str, implementation: str, tmp_path: Path) ->
         assert torch.allclose(found, expected["logits"], atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     site=st.sampled_from(["q", "rot_q", "k", "rot_k", "v", "scores", "pattern", "z", "result"]),
     factor=st.floats(-2, 2, width=16),
@@ -188,7 +188,11 @@ def test_families_at_any_size(name: str, implementation: str, tmp_path: Path) ->
 def test_any_cut_in_any_place(
     tmp_path: Path, site: str, factor: float, heads: set[int], layers: set[int], positions: set[int] | None, batch: int
 ) -> None:
-    edit = Edit(site, "scale", factor, layers=sorted(layers), heads=sorted(heads), positions=positions and sorted(positions))
+    if site in ("k", "v"):  # whole groups of two
+        heads = {head ^ other for head in heads for other in (0, 1)}
+    gqa: Any = "shared" if site in ("k", "v") else "isolated"
+    where = {"layers": sorted(layers), "heads": sorted(heads), "positions": positions and sorted(positions)}
+    edit = Edit(site, "scale", factor, gqa=gqa, **where)
     model, given_ = build("llama", lambda n, m: edit), FAMILIES["llama"].inputs(batch=batch)
     export_program(model, tmp_path / "cut.pt2", given_)
     require_equal(loaded(tmp_path / "cut.pt2")(**given_), outputs(model, given_))
