@@ -97,6 +97,7 @@ def export_checkpoint(
     baked.kept.to_json()  # a callable is found before anything is written
     anatomy = anatomy_of(model)
     fingerprint = Fingerprint.of(model, anatomy)
+    types = types_of(model, baked.changed)
     tensors = replaced(model, baked.changed) if baked.changed else None
     config = baked.config
     if shrink:
@@ -112,7 +113,7 @@ def export_checkpoint(
             config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        document.write(folder, baked.kept, fingerprint, types=types_of(model), baked=baked.folded, **more)
+        document.write(folder, baked.kept, fingerprint, types=types, baked=baked.folded, **more)
         comparison = None
         if verify and document.read(folder)[1] != baked.kept:
             raise ExportError(describe(f"{str(path)!r}", "another spec in surgery.json", "the one written", "Check the disk."))

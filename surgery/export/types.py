@@ -23,14 +23,18 @@ Types = dict[str, str]
 """The name of a tensor to the name of its type in torch; "" for all that are not named."""
 
 
-def types_of(model: Any) -> Types:
-    """The type of most floating tensors of the state dict; by name, those of the others and of buffers that are not in it."""
+def types_of(model: Any, new: Mapping[str, Tensor]) -> Types:
+    """The type of most floating tensors of the state dict; by name, those of the others and of buffers that are not in it.
+
+    new: tensors that the saved model has beside the model's.
+    """
     stored = model.state_dict().keys()
     counted = Counter(tensor.dtype for name, tensor in _floats(model) if name in stored)
     if not counted:
         return {}
     [(usual, _)] = counted.most_common(1)
-    found = {name: tensor.dtype for name, tensor in _floats(model) if tensor.dtype != usual or name not in stored}
+    every = [*((name, tensor) for name, tensor in new.items() if name not in stored), *_floats(model)]
+    found = {name: tensor.dtype for name, tensor in every if tensor.dtype != usual or name not in stored}
     return {name: str(dtype).removeprefix("torch.") for name, dtype in {"": usual, **found}.items()}
 
 
