@@ -20,6 +20,8 @@ from surgery.reference import Reference, as_reference
 from surgery.sites import MATRIX_SITES, SITES
 from surgery.values import Value, callable_name
 
+VALUED = ("value", "scale", "add")
+"""Actions that need a value."""
 REPLACING = ("zero", "value", "mean", "noise", "identity", "activation", "resample")
 TRANSFORMING = ("scale", "add")
 TEMPLATES = ("uniform", "diagonal", "previous", "first")
@@ -97,7 +99,7 @@ class Edit(Value):
     @classmethod
     def _agree(cls, data: dict[str, Any]) -> Iterator[str]:
         site, action = data.get("site"), data.get("action")
-        if action in ("value", "scale", "add") and isinstance(data.get("value"), list | tuple):
+        if action in VALUED and isinstance(data.get("value"), list | tuple):
             with suppress(TypeError, ValueError, RuntimeError):  # then it stays what it is, and is refused below
                 data["value"] = torch.tensor(data["value"], dtype=torch.float32)
         _sort_by_head(data)
@@ -230,7 +232,7 @@ def _agree_on_value(action: Any, data: dict[str, Any]) -> Iterator[str]:
     def problem(found: str, expected: str, do: str) -> str:
         return describe("value", found, expected, do)
 
-    if action in ("value", "scale", "add"):
+    if action in VALUED:
         if isinstance(value, Tensor):
             if not value.is_meta and not bool(torch.isfinite(value).all()):
                 yield problem("NaN or infinite entries in the tensor", "finite values", "To block a key, add -1e9 at scores.")

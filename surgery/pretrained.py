@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from surgery.errors import SurgeryError, describe
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken*")
 """Without any of these beside a model, transformers may make up a tokenizer that knows special tokens only."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def existing(name: str) -> str:
@@ -48,8 +50,9 @@ def load_any(name: str, *, trust_remote_code: bool = False, **options: Any) -> A
     options: of from_pretrained; dtype is that of the checkpoint if none is given. Raises SurgeryError for whatever is no model,
     and for a checkpoint that lacks weights, which would be random.
     """
+    path = existing(name)
+    _require_uncut(path)
     try:
-        path = existing(name)
         cls, _ = class_of(path, trust_remote_code)
         options = {"dtype": "auto", "trust_remote_code": trust_remote_code, **options}
         model, notes = (cls or transformers.AutoModel).from_pretrained(path, output_loading_info=True, **options)
@@ -57,6 +60,17 @@ def load_any(name: str, *, trust_remote_code: bool = False, **options: Any) -> A
         raise unreadable(name, "a transformers model", error) from error
     require_weights(name, model, notes)
     return model.eval()
+
+
+def _require_uncut(path: str) -> None:
+    """Raises SurgeryError for a folder whose surgery.json has cuts: plain loading would leave them out without a word."""
+    try:
+        cuts = json.loads((Path(path) / "surgery.json").read_text(encoding="utf-8"))["spec"]["cuts"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if cuts:
+        do = "Give the model that it was made from, and a spec with all cuts; or use load_checkpoint from Python."
+        raise SurgeryError(describe(f"model {path!r}", f"an export with {len(cuts)} cuts of its own", "a model without", do))
 
 
 def require_weights(name: str, model: nn.Module, notes: dict[str, Any]) -> None:
@@ -88,6 +102,17 @@ def tokenizer_of(name: str, *, trust_remote_code: bool = False) -> tuple[Any, st
         return transformers.AutoTokenizer.from_pretrained(existing(name), trust_remote_code=trust_remote_code), ""
     except Exception as error:  # many models have no use for one
         return None, first_line(error)
+
+
+def processor_of(name: str, *, trust_remote_code: bool = False) -> Any:
+    """What makes inputs for a model: its processor (with its tokenizer), or its tokenizer alone; None if there is neither."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or any(file for pattern in PROCESSOR_FILES for file in folder.glob(pattern)):
+        try:
+            return transformers.AutoProcessor.from_pretrained(existing(name), trust_remote_code=trust_remote_code)
+        except Exception:  # of whatever kind; many models have a tokenizer alone
+            pass
+    return tokenizer_of(name, trust_remote_code=trust_remote_code)[0]
 
 
 def unreadable(name: str, expected: str, error: Exception) -> SurgeryError:

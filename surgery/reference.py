@@ -176,6 +176,9 @@ def as_reference(value: Any, kind: Literal["mean", "activation"]) -> Reference:
     """
     if hasattr(value, "reference"):  # a captured run
         value = value.reference()
+    if isinstance(value, str):
+        found, expected = f"the name {value!r}", "a Reference; in a file {file: name}"
+        raise SpecError(describe("reference", found, expected, "Load it with Reference.load."))
     if isinstance(value, Tensor):
         value = {(ANY, ANY): value}
     if isinstance(value, Mapping):

@@ -6,7 +6,7 @@ import inspect
 import re
 from typing import Any
 
-from surgery.cuts import Edit
+from surgery.cuts import VALUED, Edit
 from surgery.spec import KINDS, VERSION
 
 FIELD = re.compile(r"^(?P<names>\w+(?:, \w+)*): ?(?P<text>.*)$")
@@ -25,13 +25,24 @@ def spec_schema() -> dict[str, Any]:
             "cuts": {
                 "type": "array",
                 "description": "In their order; edits at one site act on what the one before left.",
-                "items": {"anyOf": [{"$ref": f"#/$defs/{kind}"} for kind in KINDS]},
+                "items": {
+                    "type": "object",
+                    "properties": {"kind": {"enum": list(KINDS)}},
+                    "required": ["kind"],
+                    # One after another, so that an editor marks the wrong field and not the whole cut.
+                    "allOf": [{"if": _has("kind", [kind]), "then": {"$ref": f"#/$defs/{kind}"}} for kind in KINDS],
+                },
             },
         },
         "required": ["version", "cuts"],
         "additionalProperties": False,
         "$defs": {kind: _cut(kind, cls) for kind, cls in KINDS.items()},
     }
+
+
+def _has(field: str, words: list[str]) -> dict[str, Any]:
+    """The schema of what has one of these words in a field."""
+    return {"properties": {field: {"enum": words}}, "required": [field]}
 
 
 def _cut(kind: str, cls: Any) -> dict[str, Any]:
@@ -42,7 +53,15 @@ def _cut(kind: str, cls: Any) -> dict[str, Any]:
     for name, field in schema["properties"].items():
         field.pop("title", None)
         field["description"] = texts[name]
+    needs = [
+        {
+            "if": _has("action", list(VALUED)),
+            "then": {"required": ["value"], "properties": {"value": {"not": {"type": "null"}}}},
+        },
+        {"if": _has("action", ["activation"]), "then": {"required": ["reference"]}},
+    ]
     return {
+        **({"allOf": needs} if cls is Edit else {}),
         "type": "object",
         "properties": {"kind": {"const": kind, "description": text.splitlines()[0]}, **schema["properties"]},
         "required": ["kind", *schema["required"]],

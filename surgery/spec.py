@@ -23,7 +23,7 @@ from torch import Tensor
 
 from surgery.cuts import Edit as Edit
 from surgery.cuts import Freeze as Freeze
-from surgery.errors import SpecError, describe, listing
+from surgery.errors import SpecError, closest, describe, listing
 from surgery.reference import Reference, stored
 
 VERSION = 1
@@ -65,7 +65,7 @@ class Spec:
         return f"Spec([{', '.join(map(str, self._cuts))}])"
 
     def __str__(self) -> str:
-        return "\n".join(f"{number}. {cut}" for number, cut in enumerate(self._cuts, 1)) or "(no cuts)"
+        return "\n".join(f"{number}. {cut}" for number, cut in enumerate(self._cuts)) or "(no cuts)"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spec):
@@ -147,7 +147,7 @@ class Spec:
     def load(cls, path: str | Path) -> Spec:
         """Reads what `save` wrote, or a file written by hand (see `surgery schema` for editors).
 
-        There a reference may name a file of Reference.save, beside the spec's: `reference: {file: means.safetensors}`.
+        There a reference may name a file of Reference.save, from the spec's folder on: `reference: {file: means.safetensors}`.
         Raises SpecError, listing every cut that cannot be read, also for files that are missing or damaged.
         """
         path = Path(path)
@@ -165,6 +165,7 @@ class Spec:
         version = data.get("version") if isinstance(data, Mapping) else None
         if not isinstance(data, Mapping) or version != VERSION or not isinstance(data.get("cuts"), list):
             found = f"version {version!r}" if version != VERSION else "no list of cuts"
+            found = found if isinstance(data, Mapping) else "nothing" if data is None else f"a {type(data).__name__}"
             do = f"Begin a file with `version: {VERSION}` and `cuts:`, or write it with Spec.save."
             raise SpecError(describe("Spec", found, f"version {VERSION} and a list of cuts", do))
         if more := sorted(map(str, set(data) - {"version", "cuts", "$schema"})):
@@ -176,7 +177,8 @@ class Spec:
                 name = item.pop("kind", None)
                 kind = KINDS.get(name)
                 if kind is None:
-                    raise ValueError(f"its kind is {name!r}, not one of {', '.join(KINDS)}")
+                    expected = ", ".join(map(repr, KINDS))
+                    raise SpecError(describe("kind", repr(name), expected, closest(name, KINDS) or "Choose one of these."))
                 cuts.append(kind(**{name: _from_plain(value, tensors, folder) for name, value in item.items()}))
             except SpecError as error:
                 problems.append(f"cut {number}: {error}")
@@ -213,4 +215,7 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor], folder: Path | None) 
             found = f"the file {value['file']!r}"
             raise SpecError(describe("reference", found, "values, in a text without a place", "Use Spec.load."))
         return Reference.load(folder / str(value["file"]))
+    if isinstance(value, Mapping):
+        found, expected = f"{dict(value)!r}", "{file: means.safetensors}, {reference: ...} or {tensor: name}"
+        raise SpecError(describe("a value", found, expected, "Name a file that Reference.save wrote, or use Spec.save."))
     return value

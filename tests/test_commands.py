@@ -17,7 +17,7 @@ import yaml
 from families import FAMILIES
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from surgery import Edit, Freeze, Spec, SurgeryError, collect_reference, load_checkpoint, patch_model
@@ -156,6 +156,16 @@ def test_verify_says_when_cuts_do_nothing(folder: Path, tmp_path: Path) -> None:
     assert "nothing" not in good("verify", tmp_path / "late", "--inputs", tmp_path / "long.safetensors")
 
 
+def test_a_folder_with_cuts_is_not_cut_again_without_a_word(folder: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("patch", folder / "cut", "--spec", folder / "cuts.yaml", "--out", tmp_path / "out"),
+        ("verify", folder / "cut", "--original", folder / "cut"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 1 and "an export with 2 cuts of its own" in " ".join(result.stderr.split())
+    good("patch", folder / "baked", "--spec", folder / "noise.json", "--out", tmp_path / "out")
+
+
 def test_verify_rejects_a_file_that_was_changed(folder: Path, tmp_path: Path) -> None:
     good("patch", folder / "model", "--spec", folder / "cuts.yaml", "--out", tmp_path / "cut")
     path = tmp_path / "cut/surgery.json"
@@ -225,7 +235,7 @@ def test_families_lists_what_the_tests_found() -> None:
 
 def test_schema_is_written(tmp_path: Path) -> None:
     assert json.loads(invoke("schema").stdout) == spec_schema()
-    good("schema", "--out", tmp_path / "s.json")
+    assert data("schema", "--out", tmp_path / "s.json") == {"out": str(tmp_path / "s.json")}
     assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8")) == spec_schema()
 
 
@@ -271,6 +281,8 @@ def test_wrong_models_and_files_exit_1(folder: Path, tmp_path: Path, arguments: 
         ["generate", "CUT", "--prompt", "a", "--tokens", "1"],
         ["generate", "CUT", "--tokens", "a"],
         ["generate", "CUT", "--tokens", " "],
+        ["generate", "CUT", "--tokens", "²"],
+        ["generate", "CUT", "--prompt", ""],
         ["generate", "CUT", "--tokens", "1", "--new-tokens", "0"],
         ["nothing"],
     ],
@@ -278,6 +290,15 @@ def test_wrong_models_and_files_exit_1(folder: Path, tmp_path: Path, arguments: 
 def test_wrong_usage_exits_2(folder: Path, arguments: list[str]) -> None:
     result = invoke(*(folder / "cut" if a == "CUT" else a for a in arguments))
     assert result.exit_code == 2 and result.stdout == "" and result.stderr
+
+
+def test_a_processor_travels_along(folder: Path, tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    Spec(Freeze("ov", layers=["*"], heads=[0])).save(tmp_path / "a.yaml")
+    good("patch", tmp_path / "vit", "--spec", tmp_path / "a.yaml", "--out", tmp_path / "cut")
+    assert (tmp_path / "cut/preprocessor_config.json").is_file()
 
 
 def test_an_error_of_others_is_a_message_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

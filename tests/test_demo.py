@@ -24,6 +24,7 @@ from surgery.demo.report import lines
 from surgery.demo.study import Study, least_cost, name_head, study
 from surgery.demo.subject import Subject, load, load_model
 from surgery.demo.train import Recipe, evaluate
+from surgery.errors import SurgeryError
 from surgery.plots import _number
 
 PACKAGED = Path(str(files("surgery.demo"))) / "model"
@@ -224,3 +225,9 @@ def test_numbers_in_cells_have_the_digits_that_the_largest_needs() -> None:
     assert [_number(v, 7.0) for v in (6.938, 0.004, -0.5)] == ["+6.94", "0", "−0.50"]
     assert [_number(v, 0.015) for v in (0.0151, -0.0004, 0.0)] == ["+0.015", "0", "0"]
     assert [_number(v, 0.0) for v in (0.0,)] == ["0"]
+
+
+def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
+    FAMILIES["bert"].build().save_pretrained(tmp_path)
+    with pytest.raises(SurgeryError, match="a first position that sees the second"):
+        load(str(tmp_path))

@@ -61,6 +61,9 @@ def test_every_spec_that_is_written_fits(spec: Spec) -> None:
         file(kind="edit", site="z", action="cut"),
         file(kind="edit", site="z", action="value", value="1"),
         file(kind="edit", site="z", action="zero", seed=1.5),
+        file(kind="edit", site="z", action="add"),
+        file(kind="edit", site="z", action="scale", value=None),
+        file(kind="edit", site="z", action="activation"),
     ],
 )
 def test_what_an_editor_marks_is_an_error_too(data: Any) -> None:
@@ -115,6 +118,11 @@ def test_nested_lists_are_values_of_heads_in_their_order() -> None:
         ("none.yaml", None, "FileNotFoundError"),
         ("a.yaml", "version: 1\ncuts: [", "not YAML"),
         ("a.json", "{", "not JSON"),
+        ("a.yaml", "", "found nothing; expected version 1"),
+        ("a.yaml", "- kind: freeze", "found a list; expected version 1"),
+        ("a.yaml", "version: 1\ncuts: [{kind: freze, circuit: qk}]", "Did you mean 'freeze'"),
+        ("a.yaml", "version: 1\ncuts: [{kind: freeze, circuit: ov, to: mean, reference: a.st}]", r"in a file \{file: name\}"),
+        ("a.yaml", "version: 1\ncuts: [{kind: freeze, circuit: ov, to: mean, reference: {fil: a}}]", r"expected \{file: means"),
         ("a.yaml", "cuts: []", "found version None; expected version 1"),
         ("a.yaml", "version: 1", "found no list of cuts"),
         ("a.yaml", "version: 1\ncuts: [{kind: freeze, circuit: qk, head: 1}]", "Did you mean 'heads'"),

@@ -313,8 +313,8 @@ def test_str_leaves_defaults_out_and_repr_is_python() -> None:
     assert eval(repr(cut)) == cut
     assert str(Spec()) == "(no cuts)" and repr(Spec()) == "Spec([])"
     assert str(Spec([Freeze("qk"), Freeze("ov")])).splitlines() == [
-        "1. freeze qk to zero (layers all, heads all)",
-        "2. freeze ov to zero (layers all, heads all)",
+        "0. freeze qk to zero (layers all, heads all)",
+        "1. freeze ov to zero (layers all, heads all)",
     ]
 
 
@@ -368,7 +368,7 @@ def test_reading_lists_every_cut_that_is_wrong() -> None:
     assert lines[0] == "Spec: 8 problems"
     for line, number in zip(lines[1:], range(1, 9), strict=True):
         assert f"cut {number}" in line
-    assert "'vo'" in lines[1] and "edit, freeze" in lines[2] and "edit, freeze" in lines[3]
+    assert "'vo'" in lines[1] and "'edit', 'freeze'" in lines[2] and "'edit', 'freeze'" in lines[3]
     assert ".safetensors" in lines[5] and "Reference" in lines[6] and "colour" in lines[7] and "callable" in lines[8]
 
 

@@ -25,8 +25,10 @@ def generate(
     """Go on with a prompt, with the cuts and without them."""
     if (prompt is None) == (tokens is None):
         raise typer.BadParameter("Give one of the two.", param_hint="--prompt / --tokens")
+    if prompt == "":
+        raise typer.BadParameter("There is nothing to go on from.", param_hint="--prompt")
     numbers = [] if tokens is None else tokens.replace(",", " ").split()
-    if tokens is not None and not (numbers and all(number.isdigit() for number in numbers)):
+    if tokens is not None and not (numbers and all(number.isdecimal() for number in numbers)):
         raise typer.BadParameter(f"{tokens!r} is no list of numbers from 0.", param_hint="--tokens")
     with messages(debug):
         import torch

@@ -35,7 +35,7 @@ def patch(
     with messages(debug):
         from surgery.export.save import export_checkpoint
         from surgery.patch import patch_model
-        from surgery.pretrained import load_any, tokenizer_of
+        from surgery.pretrained import load_any, processor_of
         from surgery.spec import Spec
 
         cuts = Spec.load(spec)
@@ -46,7 +46,7 @@ def patch(
             out,
             bake="where_possible" if where_possible else bake,
             shrink=shrink,
-            tokenizer=tokenizer_of(model, trust_remote_code=trust_remote_code)[0],
+            tokenizer=processor_of(model, trust_remote_code=trust_remote_code),
             example_inputs=read_inputs(inputs),
             verify=verify,
         )

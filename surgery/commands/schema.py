@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from surgery.commands.shared import Debug, messages, say
+from surgery.commands.shared import Debug, Json, messages, say, write_json
 
 
 def schema(
     out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="stdout")] = None,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write the JSON Schema of spec.yaml, by which editors complete and check it.
@@ -27,3 +28,5 @@ def schema(
             say(text)
         else:
             out.write_text(text + "\n", encoding="utf-8")
+            if as_json:
+                write_json({"out": str(out)})

@@ -155,8 +155,20 @@ def _loaded(path: str, name: str, device: str | torch.device) -> Subject:
     except Exception as error:  # whatever a foreign loader raises, there is no model
         raise unreadable(name, "a causal language model", error) from error
     require_weights(name, model, notes)
+    model = model.to(device).eval()
+    _require_causal(name, model)
     tokenizer, missing = tokenizer_of(path)  # only a text needs it
-    return Subject(name, model.to(device).eval(), tokenizer, missing)
+    return Subject(name, model, tokenizer, missing)
+
+
+def _require_causal(name: str, model: Any) -> None:
+    """Raises SurgeryError for a model whose first position sees the second, such as an encoder that was loaded as a decoder."""
+    ids = torch.tensor([[0, 1], [0, 2]], device=model.device) % model.get_input_embeddings().num_embeddings
+    with torch.no_grad():
+        first, second = model(ids, use_cache=False).logits[:, 0].float()
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        found, expected = "a first position that sees the second", "a causal language model"
+        raise SurgeryError(describe(f"model {name!r}", found, expected, "Pass a decoder; an encoder predicts no next token."))
 
 
 @contextmanager

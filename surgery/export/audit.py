@@ -14,7 +14,7 @@ from surgery.evaluation import evaluating
 from surgery.export import document
 from surgery.export.fresh import difference
 from surgery.export.inputs import example_inputs, output_of, without_padding
-from surgery.export.load import load_checkpoint
+from surgery.export.load import implementation_of, load_checkpoint
 from surgery.patch import patched, unpatch_model
 from surgery.pretrained import load_any
 
@@ -67,9 +67,10 @@ def audit(
     the surgery does not fit the weights.
     """
     found, spec = document.read(folder)
+    problems = [f"since the export, {text}" for text in document.changed_files(folder, found)]
     model = load_checkpoint(folder, trust_remote_code=trust_remote_code).to(device).eval()
-    given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in example_inputs(model, inputs).items()}
-    rows, notes, problems = [], [], []
+    given = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in example_inputs(model, inputs, spec).items()}
+    rows, notes = [], []
     changed: tuple[str, ...] | None = None
 
     def output(of: Any) -> Tensor:
@@ -98,8 +99,9 @@ def audit(
             notes.append("the cuts change nothing on these inputs; those at certain positions may need longer ones (--inputs)")
     if original is not None:
         source = load_any(original, trust_remote_code=trust_remote_code, dtype=model.dtype)
-        source.set_attn_implementation(found.implementation.get("", "eager"))
-        first = output(source.to(device))
+        source.set_attn_implementation(implementation_of(found.implementation))
+        _as_cast(source.to(device), model)
+        first = output(source)
         if not found.baked:
             row("without the cuts, beside the original", plain, first, True)
         row("with all cuts, beside the original", with_cuts, first, False)
@@ -108,6 +110,14 @@ def audit(
             problems.append(f"{len(changed)} weights are not the original's, and nothing is folded into them: {changed[0]}, ..")
     cuts, baked = tuple(map(str, spec)), tuple(found.baked)
     return Audit(cuts, baked, tuple(rows), changed, tuple(notes), tuple(problems))
+
+
+def _as_cast(source: Any, model: Any) -> None:
+    """Gives the tensors of a model the types that those of another have by the same names: it was cast after loading."""
+    types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for name, tensor in (*source.named_parameters(), *source.named_buffers()):
+        if tensor.is_floating_point() and types.get(name, tensor.dtype) != tensor.dtype:
+            tensor.data = tensor.data.to(types[name])
 
 
 def _changed(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def bake(model: Any, inputs: Mapping[str, Any], progress: bool = False) -> Baked
     concerned = [attention for attention in anatomy if attention.address in plans]
     trials = Trials(model, concerned, inputs)
     result = Baked(session.spec)
-    weights, biases = Weights.of(model), Biases(model)
+    weights, biases = Weights.of(model, anatomy), Biases(model)
     done: set[Key] = set()
     for attention in tqdm(concerned, desc="folding cuts", unit="attention", disable=not progress, leave=False):
         operations = plans[attention.address].operations

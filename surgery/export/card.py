@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from surgery.export.bake import Baked
@@ -12,6 +13,8 @@ from surgery.spec import Spec
 def card(model: Any, spec: Spec, baked: Baked, comparison: Comparison | None) -> str:
     """README.md of the folder, in Markdown with the front matter of model hubs."""
     source = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if Path(source).exists():
+        source = Path(source).name  # where it lies on this machine is nobody's business
     front = ["---", "library_name: transformers", "tags: [attention-surgery]", "---", ""]
     lines = [*front, f"# {source}, with surgery on its attention", "", "```", str(spec), "```", ""]
     if baked.folded:

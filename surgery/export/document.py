@@ -34,7 +34,8 @@ class Document(BaseModel):
 
     written_by: versions of this package, torch and transformers; implementation: the attention implementation by the name of
     the config's part ("" for the whole); types: see surgery.export.types; spec: as Spec.to_json has it; tensors: the hash of
-    surgery.safetensors, or None without one; baked: what was folded into the weights, in words, and is not in the spec any
+    surgery.safetensors, or None without one; files: the hashes of what else was there
+    when it was written, for `surgery verify`; baked: what was folded into the weights, in words, and is not in the spec any
     more.
     """
 
@@ -49,6 +50,7 @@ class Document(BaseModel):
     spec: dict[str, Any]
     tensors: Digest | None = None
     baked: list[str] = []
+    files: dict[str, Digest] = {}
 
 
 def write(folder: Path, spec: Spec, model: Fingerprint, **more: Any) -> Document:
@@ -59,7 +61,9 @@ def write(folder: Path, spec: Spec, model: Fingerprint, **more: Any) -> Document
         save_file(stored(tensors), folder / TENSORS)
         digest = _digest((folder / TENSORS).read_bytes())
     versions = {name: version(name) for name in ("attention-surgery", "torch", "transformers")}
-    document = Document(written_by=versions, model=model, spec=json.loads(text), tensors=digest, **more)
+    others = (file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / TENSORS)
+    files = {file.relative_to(folder).as_posix(): _of_file(file) for file in others}
+    document = Document(written_by=versions, model=model, spec=json.loads(text), tensors=digest, files=files, **more)
     data = document.model_dump(mode="json")
     data["sha256"] = _digest(_canonical(data))
     (folder / MARK).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -71,6 +75,18 @@ def read(folder: str | Path) -> tuple[Document, Spec]:
     folder = Path(folder)
     document = _document(folder / MARK)
     return document, _spec(folder, document)
+
+
+def changed_files(folder: str | Path, document: Document) -> list[str]:
+    """What lay beside surgery.json when it was written and is another now, or gone, in words."""
+    found = []
+    for name, digest in document.files.items():
+        path = Path(folder) / name
+        if ".." in path.parts or Path(name).is_absolute() or not path.is_file():
+            found.append(f"{name} is gone")
+        elif _of_file(path) != digest:
+            found.append(f"{name} was changed")
+    return found
 
 
 def _document(path: Path) -> Document:
@@ -118,6 +134,11 @@ def _refuse(constant: str) -> Any:
 
 def _canonical(data: Any) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(data: bytes) -> str:

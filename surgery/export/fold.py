@@ -5,7 +5,7 @@ Every fold is a claim about one attention; `surgery.export.bake` tries it on rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +34,8 @@ class Weights:
     shared: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Weights:
-        return cls(model, shared=_shared(model))
+    def of(cls, model: nn.Module, anatomy: Iterable[Attention]) -> Weights:
+        return cls(model, shared=_shared(model) | _of_several(model, anatomy))
 
     def copy(self) -> Weights:
         return Weights(self.model, dict(self.changed), set(self.added), self.shared)
@@ -70,14 +70,14 @@ class Weights:
     def put_bias(self, path: str, value: Tensor) -> None:
         module: Any = self.model.get_submodule(path)
         if module.bias is None:
-            if not bool(value.any()):
+            if not bool(value.any()) and f"{path}.bias" not in self.changed:
                 return
             self.added.add(f"{path}.bias")
         self.changed[f"{path}.bias"] = value
 
     def _value(self, name: str, module: nn.Module) -> Tensor:
         if name in self.shared:
-            raise Unfoldable(f"{name} is the weight of another module too (they are tied)")
+            raise Unfoldable(f"{name} is the weight of another module or attention too")
         if name in self.changed:
             return self.changed[name].to(torch.float64, copy=True)
         with at_hand(module):
@@ -100,6 +100,16 @@ def _shared(model: nn.Module) -> frozenset[str]:
     own = {name for name, parameter in named if len(owners[id(parameter)]) > 1}
     away = {n for n, p in named if p.is_meta and (n in ties or n in ties.values())}
     return frozenset(own | away)
+
+
+def _of_several(model: nn.Module, anatomy: Iterable[Attention]) -> frozenset[str]:
+    """The names of parameters of a linear map that several attentions call: its new weights would change them all."""
+    users: dict[int, set[str]] = {}
+    for attention in anatomy:
+        for projection in attention.projections.values():
+            users.setdefault(id(model.get_submodule(projection.path)), set()).add(attention.address)
+    named = model.named_modules(remove_duplicate=False)
+    return frozenset(f"{n}.{kind}" for n, m in named if len(users.get(id(m), ())) > 1 for kind in ("weight", "bias"))
 
 
 def folds(attention: Attention, site: str, operations: list[Operation], weights: Weights) -> Iterator[Weights]:

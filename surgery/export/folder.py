@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,21 +14,22 @@ from surgery.errors import ExportError, describe
 
 MARK = "surgery.json"
 """The file by which a folder is known to be an export, that another export may replace."""
+BESIDE = (MARK, "surgery.safetensors", "README.md")
+"""What an export has beside the files that it lists."""
 
 
 @contextmanager
-def written(path: str | Path) -> Iterator[Path]:
+def written(path: str | Path, only: Collection[str] | None = None) -> Iterator[Path]:
     """A new folder beside `path`, which takes its name when the block ends well and goes away when it does not.
 
     An export that stands at `path` already is replaced; until the last moment it stays as it is. Raises ExportError, before
-    the block, where a file or a folder of anything else stands there.
+    the block, where a file or a folder of anything else stands there. only: as in `require_free`.
     """
-    path = Path(path)
-    _check(path)
+    path = require_free(path, only)
     with _beside(path) as new:
         new.chmod(0o777 & ~_umask())
         yield new
-        _check(path)
+        require_free(path, only)
         _replace(path, new)
 
 
@@ -38,7 +40,7 @@ def written_file(path: str | Path) -> Iterator[Path]:
     It has the name already, in a folder of its own: some formats keep the name inside. A file at `path` is replaced
     after the block, and stays as it is until then. Raises ExportError, before the block, where a folder stands there.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.is_dir():
         raise ExportError(describe(f"{str(path)!r}", "a folder", "no file or an earlier one", "Choose another path."))
     with _beside(path) as folder:
@@ -58,12 +60,33 @@ def _beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _check(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / MARK).is_file())):
+def require_free(path: str | Path, only: Collection[str] | None = None) -> Path:
+    """The path, links followed, if a folder can be written there. Raises ExportError for one that is taken.
+
+    only: an earlier export is replaced if it has no other files than these; None: than those that it lists.
+    """
+    path = Path(path).resolve()
+    if not path.exists():
+        return path
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    known = {*_recorded(path / MARK), *BESIDE} if only is None else set(only)
+    if not path.is_dir() or (names and MARK not in names):
         kind = "a folder of other files" if path.is_dir() else "a file"
-        raise ExportError(
-            describe(f"{str(path)!r}", kind, "no folder, an empty one or an earlier export", "Choose another path.")
-        )
+        expected = "no folder, an empty one or an earlier export"
+        raise ExportError(describe(f"{str(path)!r}", kind, expected, "Choose another path."))
+    if more := sorted(names - known):
+        found = f"an export with more in it: {', '.join(more[:5])}"
+        do = "Choose another path, or move these away."
+        raise ExportError(describe(f"{str(path)!r}", found, "no other files than an export's own, which are replaced", do))
+    return path
+
+
+def _recorded(path: Path) -> list[str]:
+    """The names of files and folders that an export says that it has."""
+    try:
+        return [name.partition("/")[0] for name in json.loads(path.read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 def _replace(path: Path, new: Path) -> None:

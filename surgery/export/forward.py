@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import ExportError, closest, describe
-
-PLAIN = (bool, int, float, str, type(None))
-"""Inputs that a program takes no more: it holds them as they are in the example."""
+from surgery.export.inputs import require_plain
 
 
 class Forward(nn.Module):
@@ -28,7 +26,7 @@ class Forward(nn.Module):
         self.training = model.training
         self.tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         self.fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
-        _require_plain(self.fixed)
+        require_plain(inputs)
         if not self.tensors:
             raise ExportError(describe("example_inputs", f"{dict(inputs)!r}", "tensors by name", "Pass {'input_ids': ...}."))
         if "use_cache" in inspect.signature(model.forward).parameters:
@@ -72,12 +70,8 @@ def dimensions(tensors: Mapping[str, Tensor], wanted: Any) -> dict[str, Any] | N
         if name not in tensors:
             do = f"{closest(name, tensors)}Pass it in example_inputs too, as a tensor."
             raise ExportError(describe("dynamic_shapes", f"{name!r}", f"names of {sorted(tensors)}", do))
+        axes = wanted[name] if isinstance(wanted[name], Mapping) else {}
+        if beyond := [axis for axis in axes if not (isinstance(axis, int) and 0 <= axis < tensors[name].dim())]:
+            expected = f"axes 0 to {tensors[name].dim() - 1}"
+            raise ExportError(describe(f"dynamic_shapes of {name!r}", f"axes {beyond}", expected, "Count axes from 0."))
     return {name: wanted.get(name) for name in tensors}
-
-
-def _require_plain(fixed: Mapping[str, Any]) -> None:
-    wrong = {name: type(value).__name__ for name, value in fixed.items() if not isinstance(value, PLAIN)}
-    if wrong:
-        found = ", ".join(f"{name} (a {kind})" for name, kind in wrong.items())
-        do = "Leave them out: a program takes no cache and no lists."
-        raise ExportError(describe("example_inputs", found, "tensors, and plain values that are fixed", do))

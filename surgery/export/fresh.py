@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from surgery.errors import ExportError, describe
 from surgery.evaluation import evaluating
 from surgery.export.inputs import output_of, without_padding
 from surgery.export.load import implementation_of
 from surgery.export.types import narrowest
+from surgery.patch import patched
+from surgery.reference import stored
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest difference, as a part of the largest entry: folded weights are rounded once, sums are taken in another order."""
@@ -46,7 +51,9 @@ inputs = {**{n: t.to(options["device"]) for n, t in load_file(work + "/inputs.sa
 with torch.no_grad():
     output = model(**inputs)
 tensor = output.logits if "logits" in output else output[0]
-save_file({"output": tensor.contiguous().cpu()}, work + "/output.safetensors")
+floats = [*model.named_parameters(), *model.named_buffers()]
+types = {name: str(t.dtype) for name, t in floats if t.is_floating_point()}
+save_file({"output": tensor.contiguous().cpu()}, work + "/output.safetensors", {"types": json.dumps(types)})
 """
 
 
@@ -79,9 +86,11 @@ def compare(
     """Raises ExportError if the folder does not load, or does not compute what the patched model does."""
     with evaluating(model):
         expected = output_of(model, inputs)
+        with patched(model, strict=False):
+            uncut = output_of(model, inputs)
     with tempfile.TemporaryDirectory() as work:
-        tensors = {name: value.contiguous().cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
-        save_file(tensors, Path(work) / "inputs.safetensors")
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        save_file(stored(tensors), Path(work) / "inputs.safetensors")
         options = {
             "class": _loader(model),
             "implementation": implementation_of(names),
@@ -90,22 +99,50 @@ def compare(
             "surgery": with_surgery,
             "load": _options(model, Path(work), variant),
         }
-        process = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(folder), work, json.dumps(options)], capture_output=True, text=True, check=False
-        )
+        # Modules come from where this process has them, and never from the folder in which it happens to stand (-P).
+        command = [sys.executable, "-P", "-c", SCRIPT, str(folder), work, json.dumps(options)]
+        places = {**os.environ, "PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=places)
         if process.returncode:
             last = process.stderr.strip().splitlines()[-1:] or ["no message"]
             do = "Please report this with the message above."
             raise ExportError(describe("the written folder", f"that it does not load ({last[0]})", "a loadable model", do))
-        tensor = load_file(Path(work) / "output.safetensors")["output"]
+        with safe_open(Path(work) / "output.safetensors", framework="pt") as file:
+            tensor, types = file.get_tensor("output"), json.loads(file.metadata()["types"])
+    if not with_surgery:
+        _require_types(model, types)
     by = "this package" if with_surgery else "plain transformers"
-    return measured(without_padding(tensor, inputs), without_padding(expected, inputs), by, narrowest(model))
+    rows = [without_padding(output, inputs) for output in (tensor, expected, uncut)]
+    comparison = measured(rows[0], rows[1], by, narrowest(model))
+    _require_effect(comparison, difference(rows[2], rows[1], by), narrowest(model))
+    return comparison
+
+
+def _require_types(model: nn.Module, types: Mapping[str, str]) -> None:
+    """Raises ExportError for tensors that plain transformers loads in another type than they have in the model."""
+    own = {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
+    wrong = [f"{n} ({own[n]}, loaded as {dtype})" for n, dtype in types.items() if n in own and str(own[n]) != dtype]
+    if wrong:
+        do = "Load the model with dtype= in place of casting it, and bake that; or use bake=False, which keeps types."
+        found = f"{len(wrong)} tensors of other types: {', '.join(wrong[:3])}"
+        raise ExportError(describe("the baked folder", found, "the types that plain transformers gives", do))
+
+
+def _require_effect(comparison: Comparison, effect: Comparison, dtype: torch.dtype) -> None:
+    """Raises ExportError for a folder that is as far from the patched model as the uncut model is, rounding apart."""
+    least = TOLERANCE.get(dtype, 1e-2)
+    if comparison.relative > max(least, effect.relative / 2):
+        found = f"{comparison}; the model without its cuts differs by {effect.difference:.3g}"
+        do = "Please report this; bake the model in float32 meanwhile."
+        raise ExportError(describe("the written folder", found, "less than half of what the cuts change", do))
 
 
 def _loader(model: Any) -> str:
     """The class of transformers that loads a model: its own, or the auto class for which its own code has it."""
     name, targets = type(model).__name__, getattr(model.config, "auto_map", None) or {}
-    return next((auto for auto, target in targets.items() if str(target).endswith(f".{name}")), name)
+    bases = [base.__name__ for base in type(model).__mro__ if getattr(transformers, base.__name__, None) is base]
+    found = [auto for auto, target in targets.items() if str(target).endswith(f".{name}")]
+    return next(iter([*found, *bases]), name)
 
 
 def _options(model: Any, work: Path, variant: str | None) -> dict[str, Any]:
@@ -136,6 +173,8 @@ def measured(
     do: str = "Please report this; export with bake=False meanwhile.",
 ) -> Comparison:
     """Compares rows of outputs. Raises ExportError if they differ by more than rounding in a type."""
+    if found.shape != expected.shape:
+        raise ExportError(describe(what, f"an output of shape {tuple(found.shape)}", f"{tuple(expected.shape)}", do))
     comparison = difference(found, expected, by)
     allowed = TOLERANCE.get(dtype, ROUGH)
     if not torch.equal(found.isnan(), expected.isnan()) or comparison.relative > allowed:

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import ExportError, describe
+from surgery.sites import SITES
+from surgery.spec import Spec
 from surgery.taps import runs_on
 
 BATCH, LENGTH = 2, 16
+PLAIN = bool | int | float | str | None
 
 
-def example_inputs(model: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def example_inputs(model: Any, given: Mapping[str, Any] | None = None, spec: Spec | None = None) -> dict[str, Any]:
     """The given inputs, or random tokens for a model that reads tokens: (batch, position), the same at every call.
 
+    spec: whose values for certain rows and positions the tokens are to fit.
     Raises ExportError for a model that reads anything else.
     """
     if given is not None:
@@ -31,11 +35,29 @@ def example_inputs(model: Any, given: Mapping[str, Any] | None = None) -> dict[s
     device = runs_on(model) if model.device.type == "meta" else model.device
     generator = torch.Generator().manual_seed(0)
     low = min(5, vocabulary - 1)  # the first tokens are often special: padding changes what a model does
-    ids = torch.randint(low, vocabulary, (BATCH, LENGTH), generator=generator).to(device)
+    rows, length = _sizes(spec or Spec())
+    ids = torch.randint(low, vocabulary, (rows, length), generator=generator).to(device)
     found: dict[str, Any] = {"input_ids": ids}
     if "decoder_input_ids" in names and getattr(model.config, "is_encoder_decoder", False):
-        found["decoder_input_ids"] = ids.roll(1, 0)[:, : LENGTH // 2]
+        found["decoder_input_ids"] = ids.roll(1, 0)[:, : max(1, length // 2)]
     return found
+
+
+def _sizes(spec: Spec) -> tuple[int, int]:
+    """How many rows and positions there are values for in all cuts that have some by row or position."""
+    rows, length = BATCH, LENGTH
+    for edit in (edit for cut in spec for edit in cut.edits()):
+        tensors = [edit.value] if isinstance(edit.value, Tensor) else []
+        by_head = 0 if SITES[edit.site].is_matrix else 1  # axes before positions in a value of a head alone
+        if edit.reference is not None:
+            tensors = [entry.value for entry in edit.reference.entries.values()]
+        for tensor in tensors:
+            if tensor.dim() > 1 + by_head:
+                sizes = tensor.shape[-2:] if SITES[edit.site].is_matrix else tensor.shape[-2:-1]
+                length = min(length, *(size for size in sizes if size > 1), length)
+            if tensor.dim() == 4 and tensor.shape[0] > 1:
+                rows = tensor.shape[0]
+    return rows, length
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -56,3 +78,12 @@ def without_padding(tensor: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     if isinstance(mask, Tensor) and mask.dim() == 2 and tensor.shape[:2] == mask.shape:
         tensor = tensor[mask.bool().to(tensor.device)]
     return (tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]).cpu()
+
+
+def require_plain(inputs: Mapping[str, Any]) -> None:
+    """Raises ExportError for inputs that are neither tensors nor plain values."""
+    wrong = {n: type(value).__name__ for n, value in inputs.items() if not isinstance(value, Tensor | PLAIN)}
+    if wrong:
+        found = ", ".join(f"{name} (a {kind})" for name, kind in wrong.items())
+        do = "Leave them out: caches, lists and functions cannot be handed on."
+        raise ExportError(describe("example_inputs", found, "tensors and plain values by name", do))

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
-from surgery.errors import ExportError, describe
+from surgery.errors import ExportError, SurgeryError, describe
 from surgery.export import document
 from surgery.export.fit import Fingerprint
 from surgery.export.types import restore
 from surgery.patch import anatomy_of, patch_model
-from surgery.pretrained import class_of
+from surgery.pretrained import class_of, first_line, require_weights
 from surgery.spec import Spec
 
 
@@ -44,14 +45,39 @@ def load_checkpoint(path: str | Path, *, model_class: Any = None, **options: Any
     path = Path(path)
     found, spec = document.read(path)
     cls = model_class or _class_of(path, options)
-    options.setdefault("attn_implementation", implementation_of(found.implementation))
-    model = cls.from_pretrained(path, use_safetensors=True, **options)
-    inner = model[0] if isinstance(model, tuple) else model  # with output_loading_info
-    found.model.require(Fingerprint.of(inner, anatomy_of(inner, strict=False)), "the loaded model")
+    if "attn_implementation" not in options:
+        options["attn_implementation"] = _own_kernels(path, found.implementation)
+    with_notes = bool(options.pop("output_loading_info", False))
+    model, notes = _loaded(cls, path, options)
+    found.model.require(Fingerprint.of(model, anatomy_of(model, strict=False)), "the loaded model")
     if found.types and not {"dtype", "torch_dtype", "quantization_config"} & set(options):
-        restore(inner, found.types, path, options.get("variant"))
-    patch_model(inner, spec, kernel=found.kernel, strict=False)
-    return model
+        restore(model, found.types, path, options.get("variant"))
+    patch_model(model, spec, kernel=found.kernel, strict=False)
+    return (model, notes) if with_notes else model
+
+
+def _loaded(cls: Any, path: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model with all of its weights. Raises ExportError where the folder lacks some, or has damaged ones."""
+    what = f"the weights in {str(path)!r}"
+    try:
+        model, notes = cls.from_pretrained(path, **{**options, "use_safetensors": True, "output_loading_info": True})
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: of other shapes
+        do = "Export the model again, or copy the folder as a whole."
+        raise ExportError(describe(what, first_line(error), "the safetensors files of the export", do)) from error
+    try:
+        require_weights(str(path), model, notes)
+    except SurgeryError as error:
+        raise ExportError(str(error)) from None
+    return model, notes
+
+
+def _own_kernels(path: Path, names: Mapping[str, str]) -> Any:
+    """As from_pretrained takes it. Raises ExportError for a kernel of the hub, whose code would be fetched and run."""
+    if foreign := sorted(name for name in names.values() if "/" in name):
+        do = f"Pass attn_implementation={foreign[0]!r} if you trust that code, or another."
+        what = f"the attention implementation in {str(path)!r}"
+        raise ExportError(describe(what, f"code on the hub ({', '.join(foreign)})", "one of transformers' own", do))
+    return implementation_of(names)
 
 
 def implementation_of(names: Mapping[str, str]) -> Any:
@@ -64,13 +90,13 @@ def _class_of(path: Path, options: dict[str, Any]) -> Any:
     what = f"the config of {str(path)!r}"
     try:
         found, config = class_of(path, bool(options.get("trust_remote_code")))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind reading a damaged config raises
         do = (
             "Pass trust_remote_code=True if you trust the code in the folder."
             if "remote_code" in str(error)
             else "Export again."
         )
-        raise ExportError(describe(what, str(error).splitlines()[0], "a config of a known architecture", do)) from None
+        raise ExportError(describe(what, first_line(error), "a config of a known architecture", do)) from None
     if found is None:
         do = "Pass model_class=, a class with from_pretrained."
         names = getattr(config, "architectures", None)

@@ -75,12 +75,13 @@ def export_program(
 
     A .pt2 that this writes has no pickle in it: its tensors are raw bytes, and the example is left out. torch.export.load would
     unpickle what others have put into such a file, so load none that you do not trust.
+    Sizes are tried near the example's: give a range (max=) that the model has positions for.
     Returns what was written; print it. Raises PatchError for a model that is not patched; ExportError, with nothing written,
     for one that cannot be exported and for a program that computes something else.
     """
     path, kind = Path(path), _format(Path(path), format)
-    surgery_of(model)
-    forward = Forward(model, inputs_for(model, example_inputs))
+    spec, _ = surgery_of(model)
+    forward = Forward(model, inputs_for(model, example_inputs, spec))
     wanted = dimensions(forward.tensors, dynamic_shapes)
     devices = accelerators(next(iter(forward.tensors.values())).device)
     with ExitStack() as around:

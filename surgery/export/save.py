@@ -17,11 +17,12 @@ from surgery.export.bake import Baked, require_all
 from surgery.export.bake import bake as bake_cuts
 from surgery.export.card import card
 from surgery.export.fit import Fingerprint
-from surgery.export.folder import written
+from surgery.export.folder import MARK, require_free, written
 from surgery.export.fresh import Comparison, compare
 from surgery.export.inputs import example_inputs as inputs_for
+from surgery.export.inputs import require_plain
 from surgery.export.offload import is_offloaded
-from surgery.export.saving import replaced, require_savable, save
+from surgery.export.saving import replaced, require_complete, require_savable, save
 from surgery.export.shrink import shrink as shrink_heads
 from surgery.export.types import types_of
 from surgery.patch import anatomy_of, session_of
@@ -88,9 +89,12 @@ def export_checkpoint(
         raise ExportError(
             describe("export_checkpoint", f"bake={bake!r}", "False, True or 'where_possible'", "Use one of these.")
         )
+    require_free(path)
     require_savable(model, options)
     is_offloaded(model)  # weights that are nowhere are found before anything is written
-    inputs = inputs_for(model, example_inputs) if bake else {}
+    inputs = inputs_for(model, example_inputs, spec) if bake else {}
+    if verify:
+        require_plain(inputs)
     baked = bake_cuts(model, inputs, progress) if bake else Baked(spec)
     if bake is True:
         require_all(baked)
@@ -102,7 +106,7 @@ def export_checkpoint(
     config = baked.config
     if shrink:
         _require_no_cuts(baked.kept)
-        smaller = shrink_heads(model, anatomy, baked.changed)
+        smaller = shrink_heads(model, anatomy, baked.changed, baked.config)
         tensors, config = smaller.tensors, smaller.config
         fingerprint = Fingerprint.of(smaller.model, find_anatomy(smaller.model, strict=False))
     with written(path) as folder:
@@ -115,10 +119,12 @@ def export_checkpoint(
             tokenizer.save_pretrained(folder)
         document.write(folder, baked.kept, fingerprint, types=types, baked=baked.folded, **more)
         comparison = None
+        variant = options.get("variant")
+        if verify:
+            require_complete(model, folder, variant)
         if verify and document.read(folder)[1] != baked.kept:
             raise ExportError(describe(f"{str(path)!r}", "another spec in surgery.json", "the one written", "Check the disk."))
         if verify and bake:
-            variant = options.get("variant")
             comparison = compare(model, folder, inputs, bool(len(baked.kept)), more["implementation"], variant)
         (folder / "README.md").write_text(card(model, spec, baked, comparison), encoding="utf-8")
     return Exported(Path(path), tuple(baked.folded), tuple(baked.refused), comparison)
@@ -127,12 +133,12 @@ def export_checkpoint(
 def export_spec(model: nn.Module, path: str | Path) -> Path:
     """Writes the surgery of a patched model alone, a few kilobytes: surgery.json, and surgery.safetensors if it has tensors.
 
-    path: a folder; an earlier export there is replaced. Returns it. `load_spec` reads it.
+    path: a folder; earlier surgery alone there is replaced, not a checkpoint. Returns it. `load_spec` reads it.
     Raises PatchError for a model that is not patched, SpecError for a callable, ExportError for a path that is taken.
     """
     spec, more = surgery_of(model)
     spec.to_json()
-    with written(path) as folder:
+    with written(path, only=(MARK, document.TENSORS)) as folder:
         document.write(folder, spec, Fingerprint.of(model, anatomy_of(model)), **more)
     return Path(path)
 

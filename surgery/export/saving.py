@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from surgery.errors import ExportError, describe
+from surgery.errors import ExportError, closest, describe
 from surgery.export.offload import SHARD, is_offloaded, told, without_ties
 
 OURS = {
     "state_dict": "the weights are the model's own",
     "push_to_hub": "the folder gets its surgery after its weights; upload it as a whole (huggingface_hub.upload_folder)",
+    "is_main_process": "a folder without weights is none; call it in one process only",
     "distributed_checkpoint": "its files are no safetensors by the names of the model",
 }
 """Options of save_pretrained that are not passed on, and why."""
@@ -34,6 +36,10 @@ def require_savable(model: Any, options: Collection[str]) -> None:
     if why := _why_not_quantised(model):
         do = "Export before quantising, and give load_checkpoint the quantization_config; or export_spec the surgery alone."
         raise ExportError(describe(what, f"a quantised model, {why}", "weights that transformers can save", do))
+    known = set(inspect.signature(PreTrainedModel.save_pretrained).parameters) - {"self", "save_directory", "kwargs"}
+    for name in sorted(set(options) - known - set(OURS)):
+        do = closest(name, {*known, "bake", "shrink", "tokenizer", "example_inputs", "verify", "progress"}) or "Leave it out."
+        raise ExportError(describe(what, f"the option {name!r}", f"options of save_pretrained: {', '.join(sorted(known))}", do))
     for name in sorted(set(options) & set(OURS)):
         raise ExportError(describe(what, f"the option {name}", "options of the files alone", f"Leave it out: {OURS[name]}."))
 
@@ -62,6 +68,18 @@ def save(model: Any, folder: Path, tensors: dict[str, Tensor] | None, options: M
         tensors = without_ties(model, tensors or model.state_dict())
     with told(model):
         model.save_pretrained(folder, state_dict=tensors, **options)
+
+
+def require_complete(model: Any, folder: Path, variant: str | None) -> None:
+    """Raises ExportError if the written folder lacks weights that the model's class would make up. Reads no numbers."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return  # its names are those of packed weights, of which its quantiser knows
+    options = {"variant": variant} if variant else {}
+    _, notes = type(model).from_pretrained(folder, device_map="meta", output_loading_info=True, **options)
+    if missing := sorted(notes["missing_keys"]):
+        found = f"no {', '.join(missing[:3])} among what was written" + (f", and {len(missing) - 3} more" * (len(missing) > 3))
+        do = "Give parameters the names that the class has (remove parametrisations, put back modules that were replaced)."
+        raise ExportError(describe(f"a {type(model).__name__}", found, "all weights under their own names", do))
 
 
 def replaced(model: Any, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:

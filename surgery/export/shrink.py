@@ -29,11 +29,12 @@ class Shrunk:
     model: Any
 
 
-def shrink(model: Any, anatomy: Anatomy, changed: Mapping[str, Tensor]) -> Shrunk:
+def shrink(model: Any, anatomy: Anatomy, changed: Mapping[str, Tensor], config: Any = None) -> Shrunk:
     """Removes, in every attention, as many whole groups of heads as every attention has without effect (columns of W_O zero).
 
-    changed: the folded weights by name. Raises ExportError, with every reason, where that is not possible: an attention whose
-    heads all act, or a config that does not say the number of heads, or ties it to widths.
+    changed: the folded weights by name; config: with the biases among them, None for the model's own.
+    Raises ExportError, with every reason, where that is not possible: an attention whose heads all act, or a config that does
+    not say the number of heads, or ties it to widths.
     """
     tensors = replaced(model, changed)
     shapes = {(a.heads, a.kv_heads, a.d_head, a.d_value) for a in anatomy}
@@ -51,7 +52,7 @@ def shrink(model: Any, anatomy: Anatomy, changed: Mapping[str, Tensor]) -> Shrun
     [(heads, kv_heads, d_head, _)] = shapes
     count, size = min(map(len, silent.values())), heads // kv_heads
     try:
-        config = _config(model.config, heads, kv_heads, d_head, count)
+        config = _config(config or model.config, heads, kv_heads, d_head, count)
         with torch.device("meta"):
             smaller = type(model)(config)
     except Exception as error:  # of whatever kind an architecture raises for numbers that do not fit
