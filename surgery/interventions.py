@@ -29,6 +29,7 @@ class Operation:
     """One edit at one attention. number: of the cut in the spec; heads: along the site's own head axis.
 
     address and noise_heads go into the noise: kv head numbers where a whole group is changed alike.
+    block: the number of the block of the batch that changes, and of how many equal ones; None for the whole batch.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Operation:
     heads: tuple[int, ...]
     noise_heads: tuple[int, ...]
     entry: Entry | None = None
+    block: tuple[int, int] | None = None
     axis: Heads = field(init=False)
     stream: int = field(init=False)
 
@@ -69,6 +71,19 @@ class Operation:
 
     def apply(self, x: Tensor, where: Where, held: Sequence[int] | None = None) -> Tensor:
         """The edited tensor. held: the head numbers that axis 1 of x holds, None for all of them."""
+        if self.block is None:
+            return self._apply(x, where, held)
+        number, count = self.block
+        size, rest = divmod(x.shape[0], count)
+        if rest:
+            what = f"cut {self.number} at {self.address} {self.site}"
+            do = "Give each block as many rows as the others."
+            raise SpecError(describe(what, f"{x.shape[0]} rows", f"{count} blocks of rows", do))
+        first, last = number * size, (number + 1) * size
+        new = self._apply(x[first:last], where.of_rows(first, last), held)
+        return torch.slice_scatter(x, new, 0, first, last)
+
+    def _apply(self, x: Tensor, where: Where, held: Sequence[int] | None) -> Tensor:
         axis = self.axis
         if held is not None:
             axis = Heads([i for i, head in enumerate(held) if head in self.heads])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def lower(
         found = list(_problems(placement, anatomy.fingerprint))
         misfits += [(placement.attention, problem) for problem in found]
         if not found:
-            operation = _operation(placement)
+            operation = replace(_operation(placement), block=spec.block_of(placement.number))
             plan = plans.setdefault(placement.attention.address, Plan())
             plan.operations.setdefault(operation.site, []).append(operation)
     problems += grouped(misfits)
@@ -197,12 +197,8 @@ def _move_zeros(plan: Plan, probed: Collection[str]) -> None:
     for site in (s for s in _SAME_AS_ZERO_Z if s not in probed):
         operations = plan.of(site)
         others = [o for name, list_ in plan.operations.items() for o in list_ if name != site]
-        movable = len(operations) == 1 and not others and _is_plain_zero(operations[0])
-        if movable:
-            [operation] = plan.operations.pop(site)
-            plan.operations["z"] = [
-                Operation(operation.number, operation.edit, "z", operation.address, operation.heads, operation.noise_heads)
-            ]
+        if operations and not others and all(map(_is_plain_zero, operations)):
+            plan.operations = {"z": [replace(operation, site="z") for operation in operations]}
 
 
 def _is_plain_zero(operation: Operation) -> bool:

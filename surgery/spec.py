@@ -50,6 +50,10 @@ class Spec:
     def cuts(self) -> tuple[Edit | Freeze, ...]:
         return self._cuts
 
+    def block_of(self, number: int) -> tuple[int, int] | None:
+        """The block of the batch that a cut is for, and how many there are; None for the whole batch."""
+        return None
+
     def __iter__(self) -> Iterator[Edit | Freeze]:
         return iter(self._cuts)
 

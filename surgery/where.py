@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ class Where:
         if not SITES[site].over_keys:
             return self.query_offset
         return self.key_offset if SITES[site].where == "core" or self.is_cross else self.query_offset
+
+    def of_rows(self, first: int, last: int) -> Where:
+        """The same for some rows of the batch."""
+        if self.allowed is None or self.allowed.shape[0] == 1:
+            return self
+        return replace(self, allowed=self.allowed[first:last])
 
     def has_room(self, site: str) -> bool:
         """Whether a site's rows may be those of a cache that is not full yet."""
