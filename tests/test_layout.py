@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # Files from the ground up: each imports only files above it. A new file goes where it belongs, with everything it needs above.
 ORDER = [
     "surgery.errors", "surgery.sites", "surgery.family", "surgery.configs", "surgery.noise", "surgery.fields",
-    "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.schema", "surgery.where",
+    "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.schema", "surgery.blocks", "surgery.where",
     "surgery.templates", "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut
     "surgery.labels", "surgery.layout", "surgery.source", "surgery.steps", "surgery.witness", "surgery.arguments",
@@ -39,6 +39,9 @@ ORDER = [
     "surgery.export.forward", "surgery.export.sizes", "surgery.export.onnx_file", "surgery.export.program",   # programs
     "surgery.public", "surgery",                                                                          # the names
     "patches",
+    "surgery.analysis", "surgery.analysis.batches", "surgery.analysis.metrics", "surgery.analysis.reading",
+    "surgery.analysis.replay", "surgery.analysis.sweep", "surgery.analysis.statistics", "surgery.analysis.journal",
+    "surgery.analysis.ablation",                                                                          # findings
     "surgery.plots", "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",
     "surgery.commands", "surgery.commands.shared", "surgery.commands.demo", "surgery.commands.inspect",

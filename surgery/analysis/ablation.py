@@ -1,0 +1,267 @@
+"""Which heads, and which half of them, a behaviour needs: every head's circuits cut in turn, and what that costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from surgery.analysis.batches import Batch, batches, rows_of
+from surgery.analysis.journal import Journal
+from surgery.analysis.reading import Reading
+from surgery.analysis.statistics import corrected, paired
+from surgery.analysis.sweep import Sweep
+from surgery.cuts import CIRCUITS
+from surgery.errors import SpecError, closest, describe
+from surgery.lower import lower
+from surgery.patch import anatomy_of
+from surgery.spec import Freeze, Spec
+
+Head = tuple[str, int]
+"""An address and a head's number."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One row of a study: a circuit, the heads where it is frozen, the seed of noise, and the spec that does it."""
+
+    circuit: str
+    heads: tuple[Head, ...]
+    seed: int
+    spec: Spec
+
+    @property
+    def key(self) -> str:
+        """A name that is the same in every run of the study."""
+        return f"{self.circuit} {self.label} {self.seed}"
+
+    @property
+    def label(self) -> str:
+        return " + ".join(f"{address}.{head}" for address, head in self.heads)
+
+
+class Study:
+    """What `ablation_study` measured.
+
+    frame: a row for each cut and metric. circuit, address, head (both of a single head; of a group address is the label of all
+    and head is NaN), heads (how many), seed, metric, unit, value and baseline (means over examples), effect (their
+    difference), low and high (its confidence interval), size, size_low, size_high (see `surgery.analysis.statistics.Paired`),
+    p, p_fdr (corrected over all rows of the same metric).
+    examples: (cut, metric, example) values, with `baseline` (metric, example), for statistics of your own.
+    notes: where the sweep could not take its short cut.
+    """
+
+    def __init__(
+        self, frame: pd.DataFrame, cuts: Sequence[Cut], examples: np.ndarray, baseline: np.ndarray, notes: Sequence[str]
+    ) -> None:
+        self.frame, self.cuts, self.examples, self.baseline, self.notes = frame, tuple(cuts), examples, baseline, list(notes)
+
+    def __repr__(self) -> str:
+        return f"{self}"
+
+    def __str__(self) -> str:
+        """The heads whose cuts change most."""
+        shown = self.top(10)[["circuit", "address", "head", "metric", "baseline", "effect", "low", "high", "p_fdr"]]
+        return f"{len(self.cuts)} cuts, {self.examples.shape[-1]} examples; largest effects:\n{shown.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return self.top(10).to_html(index=False)
+
+    def to_latex(self, **options: Any) -> str:
+        """The frame as a LaTeX table; options of DataFrame.to_latex."""
+        return self.frame.to_latex(**{"index": False, "float_format": "%.3g", "escape": True, **options})
+
+    def top(self, count: int = 10, metric: str | None = None) -> pd.DataFrame:
+        """The rows with the largest effects, either way, of one metric (the first)."""
+        rows = self.frame[self.frame.metric == (metric or self.frame.metric.iloc[0])]
+        return rows.loc[rows.effect.abs().sort_values(ascending=False).index].head(count)
+
+    def matrix(self, circuit: str, metric: str | None = None, column: str = "effect") -> pd.DataFrame:
+        """Layers (addresses) × heads of one circuit, the mean over seeds; of studies of single heads."""
+        rows = self.frame[(self.frame.circuit == circuit) & (self.frame.metric == (metric or self.frame.metric.iloc[0]))]
+        rows = rows[rows.heads == 1]
+        if rows.empty:
+            do = f"Choose of {', '.join(map(repr, self.frame.circuit.unique()))}, and single heads."
+            raise SpecError(describe("matrix", f"no single head cut at {circuit!r}", "a circuit that was studied", do))
+        table = rows.pivot_table(index="address", columns="head", values=column, aggfunc="mean", sort=False)
+        return table.rename(columns=int)
+
+    def side_by_side(self, metric: str | None = None, column: str = "effect") -> pd.DataFrame:
+        """A row for each head (or group), a column for each circuit: the mean over seeds."""
+        rows = self.frame[self.frame.metric == (metric or self.frame.metric.iloc[0])]
+        index = ["address", "head"] if rows["head"].notna().all() else ["address"]
+        return rows.pivot_table(index=index, columns="circuit", values=column, aggfunc="mean", sort=False)
+
+
+def ablation_study(
+    model: Any,
+    data: Any,
+    circuits: Sequence[str] | str = CIRCUITS,
+    layers: Any = "all",
+    heads: Any = "all",
+    to: str = "zero",
+    metrics: Any = ("loss",),
+    *,
+    groups: Iterable[Sequence[tuple[str | int, int]]] | None = None,
+    reference: Any = None,
+    seeds: Sequence[int] = (0,),
+    gqa: str = "isolated",
+    resume: str | Path | None = None,
+    confidence: float = 0.95,
+    tokens: int | None = None,
+    fast: bool = True,
+    progress: bool = True,
+) -> Study:
+    """Freezes each head's circuits in turn and measures what changes, example by example.
+
+    model: patched or not; cuts that it has stay, and belong to the baseline. data: see `surgery.analysis.batches.batches`; each
+      row of a batch is an example. circuits: "qk", "ov", "both" (the whole head). layers, heads, to, reference, gqa: as in
+      `Freeze`; "mean" without a reference is the mean over the batch at hand. metrics: of `surgery.analysis.metrics`, names of
+      METRICS, or callables of the output.
+    groups: heads to cut together, each a list of (address or layer, head), in place of one at a time. seeds: of noise and
+      resampling, each a row of its own.
+    resume: a file that results are appended to as they come; a study that was stopped goes on where it was, and one of another
+      model, other data or other cuts is refused.
+    tokens: the most in one forward, which bounds memory (see Sweep). fast=False: every forward whole and alone.
+    Effects come with intervals and p-values over examples, not over positions, of which only the former are independent.
+    Raises SpecError or NoMatchError for selections that do not fit, before anything runs.
+    """
+    reading, given = Reading(metrics), batches(model, data)
+    cuts = _cuts(model, circuits, layers, heads, to, groups, reference, seeds, gqa)
+    about = {
+        "model": anatomy_of(model).fingerprint,
+        "data": _digest(given),
+        "metrics": [metric.name for metric in reading.metrics],
+        "cuts": hashlib.sha256("".join(f"{cut.key} {cut.spec.fingerprint()}" for cut in cuts).encode()).hexdigest(),
+    }
+    journal = Journal(resume, about)
+    notes: list[str] = []
+    checked: dict[int, int] = {}
+    with tqdm(total=len(cuts) * len(given), desc="cutting heads", unit="cut", disable=not progress) as bar:
+        for number, batch in enumerate(given):
+            _measure(model, batch, number, cuts, reading, journal, notes, bar, tokens, fast, checked)
+    results = [[journal.found[f"{n}/{cut.key}"] for n in range(len(given))] for cut in cuts]
+    values = np.array([np.concatenate([np.array(part) for part in parts], axis=1) for parts in results])
+    baseline = np.concatenate([np.array(journal.found[f"{n}/"]) for n in range(len(given))], axis=1)
+    return Study(_frame(cuts, reading, values, baseline, confidence), cuts, values, baseline, notes)
+
+
+def cumulative_ablation(
+    model: Any, data: Any, order: Sequence[tuple[str | int, int]], circuit: str = "both", **options: Any
+) -> Study:
+    """Cuts the first head of an order, the first two, and so on: a study whose groups grow. options: of `ablation_study`."""
+    groups = [list(order[: count + 1]) for count in range(len(order))]
+    return ablation_study(model, data, circuit, groups=groups, **options)
+
+
+def _measure(
+    model: Any,
+    batch: Batch,
+    number: int,
+    cuts: Sequence[Cut],
+    reading: Reading,
+    journal: Journal,
+    notes: list[str],
+    bar: Any,
+    tokens: int | None,
+    fast: bool,
+    checked: dict[int, int],
+) -> None:
+    """Runs the cuts that one batch lacks."""
+    pending = [cut for cut in cuts if f"{number}/{cut.key}" not in journal.found]
+    bar.update(len(cuts) - len(pending))
+    if not pending and f"{number}/" in journal.found:
+        return
+    sweep = Sweep(model, batch, reading.positions, tokens=tokens, fast=fast, checked=checked)
+    if f"{number}/" not in journal.found:
+        journal.add(f"{number}/", reading.read(model, batch, sweep.clean, sweep.clean).tolist())
+
+    def read(index: int, output: Any) -> None:
+        journal.add(f"{number}/{pending[index].key}", reading.read(model, batch, output, sweep.clean).tolist())
+        bar.update()
+
+    sweep.run([cut.spec for cut in pending], read)
+    notes += [note for note in sweep.notes if note not in notes]
+
+
+def _cuts(
+    model: Any, circuits: Any, layers: Any, heads: Any, to: str, groups: Any, reference: Any, seeds: Sequence[int], gqa: str
+) -> list[Cut]:
+    """All cuts of a study in order. Raises SpecError for circuits that do not exist, NoMatchError for heads that do not."""
+    anatomy = anatomy_of(model)
+    circuits = [circuits] if isinstance(circuits, str) else list(circuits)
+    if unknown := [circuit for circuit in circuits if circuit not in CIRCUITS]:
+        hint = "".join(closest(circuit, CIRCUITS) for circuit in unknown)
+        raise SpecError(describe("circuits", f"{unknown}", f"of {', '.join(map(repr, CIRCUITS))}", hint or "Choose of these."))
+    if groups is None:
+        checked = Freeze("qk", layers, heads)  # the same checks as a cut of the same selection
+        chosen = anatomy.select(checked.layers, "ablation_study")
+        sets = [
+            [(a.address, int(head))] for a in chosen for head in (range(a.heads) if checked.heads == "all" else checked.heads)
+        ]
+    else:
+        sets = [[(anatomy[address].address, int(head)) for address, head in group] for group in groups]
+    if not sets or not all(sets):
+        do = "Name at least one (address, head) in each."
+        raise SpecError(describe("groups", f"{len(sets)} groups of heads, or an empty one", "heads to cut", do))
+    options = {"to": to, "gqa": gqa, "reference": reference}
+    cuts = []
+    for circuit in circuits:
+        for group in sets:
+            for seed in seeds:
+                freezes = [Freeze(circuit, [where], numbers, seed=seed, **options) for where, numbers in _by_address(group)]
+                cuts.append(Cut(circuit, tuple(group), seed, Spec(freezes)))
+    lower(Spec([freeze for cut in cuts for freeze in cut.spec]), anatomy)  # raises for what does not fit the model
+    return cuts
+
+
+def _by_address(group: Sequence[Head]) -> Iterable[tuple[str, list[int]]]:
+    found: dict[str, list[int]] = {}
+    for address, head in group:
+        found.setdefault(address, []).append(head)
+    return found.items()
+
+
+def _frame(cuts: Sequence[Cut], reading: Reading, values: np.ndarray, baseline: np.ndarray, confidence: float) -> pd.DataFrame:
+    rows = []
+    for cut, measured in zip(cuts, values, strict=True):
+        is_single = len(cut.heads) == 1
+        for metric, of, before in zip(reading.metrics, measured, baseline, strict=True):
+            found = paired(of - before, confidence)
+            rows.append(
+                {
+                    "circuit": cut.circuit,
+                    "address": cut.heads[0][0] if is_single else cut.label,
+                    "head": cut.heads[0][1] if is_single else None,
+                    "heads": len(cut.heads),
+                    "seed": cut.seed,
+                    "metric": metric.name,
+                    "unit": metric.unit,
+                    "value": of.mean(),
+                    "baseline": before.mean(),
+                    **vars(found),
+                }
+            )
+    frame = pd.DataFrame(rows)
+    frame["p_fdr"] = frame.groupby("metric")["p"].transform(lambda p: corrected(p.to_numpy()))
+    return frame
+
+
+def _digest(given: Sequence[Batch]) -> str:
+    """A hash of all tensors of the data."""
+    digest = hashlib.sha256()
+    for batch in given:
+        digest.update(str(rows_of(batch)).encode())
+        for name, value in sorted(batch.items()):
+            is_tensor = isinstance(value, Tensor)
+            content = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(value).encode()
+            digest.update(name.encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""Many specs on one batch: as if each were patched in and run, in a fraction of the time.
+
+A cut in one layer leaves the layers before it as they are, so a forward starts there (see `surgery.analysis.replay`); several
+cuts run as blocks of one batch, each block with cuts of its own (see `surgery.blocks`); logits are computed where they are
+read. What comes out is what the plain loop gives, to the rounding of matrix products of other sizes: float32 within 1e-4 of the
+largest entry, which is checked on every model before it is relied on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from surgery.analysis.batches import rows_of
+from surgery.analysis.replay import Layers, recording, repeated, starting_at
+from surgery.blocks import Blocks
+from surgery.errors import NotFiredWarning, describe
+from surgery.evaluation import evaluating
+from surgery.patch import anatomy_of, patched, session_of
+from surgery.spec import Spec
+from surgery.taps import runs_on
+
+LOOP = -1
+"""Of a start: a forward of its own for each spec."""
+TOKENS = {"cpu": 512, "other": 16384}
+"""Tokens in one forward, unless told otherwise: on a CPU more of them leave its caches, a GPU wants to be filled."""
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference between one way and the other, as a part of the largest entry; products of other sizes round otherwise."""
+ROUGH = 3e-2
+"""The same in half precision."""
+
+
+class Sweep:
+    """A model's outputs on one batch under many specs.
+
+    model: patched or not; cuts that it has already stay, below those of the specs. positions: whose logits are wanted, None for
+    all. tokens: the most in one forward, which bounds memory beside the kept outputs of the layers; at least one copy of the
+    batch runs (two, once for each layer). fast=False: the plain loop.
+    checked: by number of a layer's call, where cuts that begin there are started: there, at 0, or LOOP, one by one. It fills as
+    the sweep finds out; that of another batch of the same model may be given.
+    notes: why, where the plain loop or a whole forward was needed. forwards: whole forwards' worth of layer calls so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        positions: Sequence[int] | None = None,
+        *,
+        tokens: int | None = None,
+        fast: bool = True,
+        checked: dict[int, int] | None = None,
+    ) -> None:
+        self.model, self.rows = model, rows_of(inputs)
+        names = inspect.signature(model.forward).parameters
+        self.inputs = {**inputs, **({"use_cache": False} if "use_cache" in names and "use_cache" not in inputs else {})}
+        length = next((v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), 1)
+        self.positions, self.more = positions, {}
+        if positions is not None and "logits_to_keep" in names:
+            self.more = {"logits_to_keep": torch.tensor([p % length for p in positions], device=runs_on(model))}
+        self.copies = max(1, (tokens or TOKENS.get(runs_on(model).type, TOKENS["other"])) // (self.rows * length))
+        self.notes: list[str] = []
+        self.forwards = 0.0
+        session = session_of(model)
+        self.base = session.spec if session is not None else Spec()
+        self.kernel: Any = getattr(session, "kernel", "auto")
+        self.anatomy = anatomy_of(model)
+        with patched(model, self.base, kernel=self.kernel, strict=False), torch.no_grad(), evaluating(model):
+            self.layers = Layers(model, self.anatomy)
+            with recording(self.layers) as self.recorded:
+                self.clean = self._forward(self.inputs)
+        self.checked = {} if checked is None else checked
+        if not fast:
+            self.checked = dict.fromkeys(range(len(self.recorded.calls) + 1), LOOP)
+
+    def run(self, specs: Sequence[Spec], read: Callable[[int, Any], None]) -> None:
+        """Calls read(number of the spec, output) for each, in the order of the layers where they begin.
+
+        The output is the model's, with logits (batch, kept positions, vocabulary). Gradients are off.
+        """
+        starts = [self._start(spec) for spec in specs]
+        order = sorted(range(len(specs)), key=starts.__getitem__)
+        with torch.no_grad(), evaluating(self.model), patched(self.model, self.base, kernel=self.kernel, strict=False):
+            while order:
+                chunk = self._chunk(order, starts)
+                outputs = self._outputs([specs[number] for number in chunk], starts[chunk[0]])
+                for number, output in zip(chunk, outputs, strict=True):
+                    read(number, output)
+                del order[: len(chunk)]
+
+    def _start(self, spec: Spec) -> int:
+        """The number of the call of a layer that the first cut is in."""
+        addresses = {attention.address for cut in spec for attention in self.anatomy.select(cut.layers)}
+        return self.layers.first_call(addresses, self.recorded.calls) if addresses else len(self.recorded.calls)
+
+    def _chunk(self, order: Sequence[int], starts: Sequence[int]) -> list[int]:
+        """The specs of the next forward; on a CPU those that begin at one layer, elsewhere as many as fit."""
+        first = starts[order[0]]
+        is_cpu = runs_on(self.model).type == "cpu"
+        return [number for number in order[: self.copies] if starts[number] == first or not is_cpu]
+
+    def _outputs(self, specs: list[Spec], first: int) -> list[Any]:
+        """The outputs under specs whose first cuts are in one call of a layer."""
+        if first not in self.checked:
+            for start in dict.fromkeys((first, 0)):
+                if (outputs := self._tried(specs, start)) is not None:
+                    self.checked[first] = start
+                    return outputs
+            self.checked[first] = LOOP
+        start = self.checked[first]
+        if start == LOOP:
+            return [self._plain(spec) for spec in specs]
+        output = self._blocks(specs, start)
+        return [self._block(output, index) for index in range(len(specs))]
+
+    def _plain(self, spec: Spec) -> Any:
+        """The slow way: patched and run."""
+        with patched(self.model, self.base + spec, kernel=self.kernel, strict=False):
+            self.forwards += 1
+            return self._forward(self.inputs)
+
+    def _blocks(self, specs: Sequence[Spec], first: int) -> Any:
+        """One forward of a copy of the batch for each spec, from a layer on."""
+        copies, calls = len(specs), max(1, len(self.recorded.calls))
+        blocks = Blocks([self.base + spec for spec in specs])
+        with (
+            warnings.catch_warnings(),
+            patched(self.model, blocks, kernel=self.kernel, strict=False),
+            starting_at(self.layers, self.recorded, first, self.rows, copies),
+        ):
+            if first:
+                warnings.simplefilter("ignore", NotFiredWarning)  # of cuts that the model has in layers which do not run
+            self.forwards += copies * (1 - first / calls)
+            return self._forward(repeated(self.inputs, self.rows, copies))
+
+    def _tried(self, specs: Sequence[Spec], start: int) -> list[Any] | None:
+        """The outputs under specs from a call of a layer on, if they can be relied on; else None, and a note why."""
+        try:
+            output = self._blocks([*specs, Spec()], start)
+            *found, uncut = (self._block(output, index) for index in range(len(specs) + 1))
+            problem = _problem(uncut, self.clean)
+            if not problem and not self.checked:  # that blocks keep their cuts to themselves, once
+                problem = _problem(found[0], self._plain(specs[0]))
+        except Exception as error:  # of whatever kind a forward raises that does not take copies of its batch
+            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if not problem:
+            return found
+        self._note(f"from layer call {start}: {problem}")
+        return None
+
+    def _note(self, text: str) -> None:
+        if not self.notes:
+            what, do = f"a sweep over a {type(self.model).__name__}", "It is slower, and gives the same numbers."
+            warnings.warn(describe(what, text, "what a whole forward gives", do), UserWarning, stacklevel=6)
+        self.notes.append(text)
+
+    def _forward(self, inputs: Mapping[str, Any]) -> Any:
+        output = self.model(**inputs, **self.more)
+        if self.positions is not None and not self.more and getattr(output, "logits", None) is not None:
+            output.logits = output.logits[:, list(self.positions)]
+        return output
+
+    def _block(self, output: Any, index: int) -> Any:
+        """One copy of the batch in an output of several."""
+        rows = self.rows
+        count = next(len(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim())
+
+        def take(leaf: Any) -> Any:
+            is_batch = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count
+            return leaf[index * rows : (index + 1) * rows] if is_batch else leaf
+
+        return tree_map(take, output)
+
+
+def _problem(found: Any, expected: Any) -> str:
+    """How two outputs differ by more than rounding, in words; "" if they do not."""
+    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    for a, b in pairs:
+        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.dim():
+            continue
+        if a.shape != b.shape:
+            return f"an output of shape {tuple(a.shape)}, not {tuple(b.shape)}"
+        gap = float((a.double() - b.double()).abs().nan_to_num().max()) if a.numel() else 0.0
+        largest = float(b.double().abs().nan_to_num().max()) if b.numel() else 0.0
+        if not torch.equal(a.isnan(), b.isnan()) or gap > CLOSE.get(a.dtype, ROUGH) * max(largest, 1e-12):
+            return f"a difference of {gap:.2g} where the largest entry is {largest:.2g}"
+    return ""

@@ -1,0 +1,228 @@
+"""Ablation studies: the numbers of a plain loop, statistics that mean what they say, work that goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from surgery import Freeze, NoMatchError, SpecError, collect_reference, patched
+from surgery.analysis import metrics
+from surgery.analysis.ablation import Study, ablation_study, cumulative_ablation
+from surgery.analysis.journal import Journal
+from surgery.analysis.statistics import corrected, paired
+from surgery.demo import load_model
+from surgery.demo.data import repeated_sequences
+
+IDS = repeated_sequences(8, 20, 64, 3)
+SCORED = range(22, 41)
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return ablation_study(load_model(), IDS, metrics=[metrics.loss(SCORED), "kl"], progress=False)
+
+
+def test_every_number_is_that_of_a_plain_loop(study: Study) -> None:
+    model, loss = load_model(), metrics.loss(SCORED)
+    before = None
+    for row in study.frame[study.frame.metric == "loss"].itertuples():
+        with torch.no_grad():
+            before = model(IDS) if before is None else before
+            with patched(model, Freeze(row.circuit, layers=[row.address], heads=[int(row.head)])):
+                after = model(IDS)
+        values = [loss(metrics.Measured(model, {"input_ids": IDS}, o, o.logits, None)) for o in (after, before)]
+        # float32 sums over other batch sizes; losses of 1e-4 nats and up
+        assert row.value == pytest.approx(values[0].mean().item(), rel=1e-4, abs=1e-7)
+        assert row.baseline == pytest.approx(values[1].mean().item(), rel=1e-4, abs=1e-7)
+        assert row.effect == pytest.approx((values[0] - values[1]).mean().item(), rel=1e-4, abs=1e-6)
+    assert len(study.frame) == 3 * 8 * 2 and study.examples.shape == (24, 2, 8) and study.baseline.shape == (2, 8)
+
+
+def test_the_heads_that_matter_are_found(study: Study) -> None:
+    top = study.top(4)
+    assert {(row.address, row.head) for row in top.itertuples()} == {("self.0", 0), ("self.1", 3)}
+    assert (top.p < 0.01).all() and (top.low > 1).all() and (top["size"] > 3).all()
+    sides = study.side_by_side()
+    assert list(sides.columns) == ["qk", "ov", "both"] and sides.loc[("self.1", 3), "qk"] > 3
+    assert study.matrix("qk").shape == (2, 4) and study.matrix("ov", "KL").loc["self.1", 3] > 1
+    assert "self.1" in str(study) and "<table" in study._repr_html_() and r"\toprule" in study.to_latex()
+    with pytest.raises(SpecError, match="expected a circuit that was studied"):
+        study.matrix("z")
+
+
+def test_groups_and_growing_sets() -> None:
+    model, order = load_model(), [(1, 3), ("self.0", 1), (0, 0)]
+    found = cumulative_ablation(model, IDS, order, metrics=metrics.loss(SCORED), progress=False)
+    assert found.frame.heads.tolist() == [1, 2, 3] and found.frame["head"].isna().tolist() == [False, True, True]
+    assert found.frame.address.tolist()[1:] == ["self.1.3 + self.0.1", "self.1.3 + self.0.1 + self.0.0"]
+    one = ablation_study(model, IDS, "both", groups=[order], metrics=metrics.loss(SCORED), progress=False)
+    np.testing.assert_allclose(one.examples[0], found.examples[2], rtol=1e-4)
+    for wrong in ([], [[]], [order, []]):
+        with pytest.raises(SpecError, match="groups"):
+            ablation_study(model, IDS, groups=wrong, progress=False)
+
+
+def test_seeds_of_noise_are_rows_of_their_own() -> None:
+    model = load_model()
+    found = ablation_study(model, IDS, "ov", layers=[1], heads=[3], to="noise", seeds=(0, 1, 2), progress=False)
+    assert found.frame.seed.tolist() == [0, 1, 2] and found.frame.value.nunique() == 3
+    assert found.matrix("ov").loc["self.1", 3] == pytest.approx(found.frame.effect.mean())
+
+
+def test_means_and_several_batches_and_kinds_of_models() -> None:
+    model = load_model()
+    means = collect_reference(model, [IDS], progress=False)
+    parts = ablation_study(model, [IDS[:3], IDS[3:]], ["ov"], to="mean", reference=means, progress=False)
+    whole = ablation_study(model, IDS, ["ov"], to="mean", reference=means, progress=False)
+    np.testing.assert_allclose(parts.examples, whole.examples, rtol=1e-4, atol=1e-6)
+    for name in ("bert", "t5", "whisper"):
+        family = FAMILIES[name]
+        found = ablation_study(
+            family.build(),
+            family.inputs(),
+            "ov",
+            metrics=lambda o: (o.logits if "logits" in o else o[0]).flatten(1).std(1),
+            progress=False,
+        )
+        assert (found.frame.effect.abs() > 0).all()
+
+
+def test_what_does_not_fit_is_said_before_anything_runs(tmp_path: Path) -> None:
+    model, ran = load_model(), []
+    model.register_forward_hook(lambda *_: ran.append(0))
+    for options, error in (
+        ({"circuits": "qv"}, SpecError),
+        ({"layers": [7]}, NoMatchError),
+        ({"heads": [9]}, SpecError),
+        ({"to": "nothing"}, SpecError),
+        ({"metrics": "losss"}, SpecError),
+        ({"groups": [[(0, 9)]]}, SpecError),
+        ({"to": "activation"}, SpecError),
+    ):
+        with pytest.raises(error):
+            ablation_study(model, IDS, progress=False, resume=tmp_path / "j", **options)  # type: ignore[arg-type]
+    assert not ran and not (tmp_path / "j").exists()
+
+
+# -- going on -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_study_goes_on_where_it_stopped(tmp_path: Path, study: Study) -> None:
+    path, model = tmp_path / "study.jsonl", load_model()
+    seen: list[int] = []
+
+    def metric(output: Any) -> Any:
+        seen.append(len(seen))
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+        return output.logits.float().std((1, 2))
+
+    options: dict[str, Any] = dict(metrics=metric, resume=path, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        ablation_study(model, [IDS[:4], IDS[4:]], **options)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"key": "1/qk self.0.')  # cut off by the kill
+    done = len(path.read_text(encoding="utf-8").splitlines()) - 2
+    again = ablation_study(model, [IDS[:4], IDS[4:]], **options)
+    assert done == 29 and len(seen) == 30 + (2 * 25 - 29)
+    fresh = ablation_study(model, [IDS[:4], IDS[4:]], **{**options, "resume": None})
+    np.testing.assert_allclose(again.examples, fresh.examples, rtol=1e-4)
+    third = ablation_study(model, [IDS[:4], IDS[4:]], **options)
+    assert np.array_equal(third.examples, again.examples) and pd.DataFrame.equals(third.frame, again.frame)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"data": IDS[:4]}, "data"), ({"circuits": "ov"}, "cuts"), ({"metrics": "kl"}, "metrics"), ({"to": "noise"}, "cuts")],
+)
+def test_results_of_another_study_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"data": IDS, "circuits": "qk", "resume": tmp_path / "a", "layers": [1], "progress": False}
+    ablation_study(load_model(), **options)
+    with pytest.raises(SpecError, match=f"another study.*{message}"):
+        ablation_study(load_model(), **{**options, **change})
+
+
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    for text in ("my notes\n", '{"a": 1}\n', "[]\n", '{"about": {}}\n{"b": 2}\n'):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(SpecError, match="lines of something else"):
+            Journal(path, {})
+        assert path.read_text(encoding="utf-8") == text
+    with pytest.raises(SpecError, match="another study"):
+        Journal(_written(tmp_path, {"model": "a"}), {"model": "b"})
+
+
+def _written(folder: Path, about: dict[str, Any]) -> Path:
+    Journal(folder / "j", about).add("k", [1])
+    assert [json.loads(line) for line in (folder / "j").read_text().splitlines()] == [
+        {"about": about},
+        {"key": "k", "result": [1]},
+    ]
+    return folder / "j"
+
+
+# -- statistics ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+def test_paired_numbers_hold_together(values: list[float]) -> None:
+    found = paired(np.array(values), resamples=499)
+    assert 0 < found.p <= 1
+    assert found.effect == pytest.approx(np.mean(values))
+    if np.ptp(values) > 1e-6:
+        assert found.low <= found.high and found.size_low <= found.size_high
+        assert found.size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
+    flipped = paired(-np.array(values), resamples=499)
+    assert flipped.effect == -found.effect and flipped.size == -found.size
+
+
+def test_the_sign_flip_test_is_exact_for_few_examples() -> None:
+    assert paired(np.array([1.0, 2.0, 3.0, 4.0, 5.0])).p == pytest.approx(2 / 32)
+    assert paired(np.array([1.0, -1.0])).p == 1.0
+    assert paired(np.zeros(5)).p == 1.0 and paired(np.zeros(5)).size == 0
+    assert np.isnan(paired(np.array([3.0])).p) and paired(np.array([3.0])).effect == 3.0
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        found = paired(rng.normal(0.3, 1, size=40), resamples=999)
+        inside += found.low <= 0.3 <= found.high
+    # Binomial with 0.95 (BCa of 40 normals comes near it): 99.9 % of runs have 180 to 198 of 200.
+    assert 180 <= inside <= 198
+
+
+def test_corrected_p_values_are_those_of_benjamini_and_hochberg() -> None:
+    p = np.array([0.01, 0.04, np.nan, 0.03, 0.5])
+    expected = [0.04, 0.16 / 3, np.nan, 0.16 / 3, 0.5]
+    np.testing.assert_allclose(corrected(p), expected)
+    assert np.isnan(corrected(np.array([np.nan]))).all()
+
+
+def test_nothing_planted_gives_five_per_cent_of_small_p_values() -> None:
+    """Random weights, random tokens, and a metric that no head has a part in: the logit of one random token over another's."""
+    found = []
+    for seed in range(6):
+        model = FAMILIES["gpt2"].build(seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(5, 60, (40, 8), generator=generator)
+        right, wrong = torch.randint(5, 60, (2, 40), generator=generator)
+        study = ablation_study(model, ids, ("qk", "ov"), metrics=metrics.logit_difference(right, wrong), progress=False)
+        found += study.frame.p.tolist()
+    share = np.mean(np.array(found) < 0.05)
+    # 96 tests, of which heads of one model share examples and are not quite independent.
+    assert 0 <= share <= 0.15, share
+    assert stats.kstest(found, "uniform").pvalue > 1e-4
