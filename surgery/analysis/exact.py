@@ -1,0 +1,43 @@
+"""What replacing a head's circuit changes, by doing it: one cut after another, by the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.analysis.baselines import Baseline
+from surgery.analysis.objective import Objective
+from surgery.analysis.reading import Reading
+from surgery.analysis.sweep import Sweep
+
+Node = tuple[str, int, str]
+"""An address, a head's number, a circuit."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """changes: of the metric's mean, by node. start: the metric without changes. forwards: whole forwards' worth of layers."""
+
+    changes: dict[Node, float]
+    start: float
+    forwards: float
+    notes: tuple[str, ...]
+
+
+def exact_changes(objective: Objective, nodes: Sequence[Node], baseline: Baseline, tokens: int | None = None) -> Exact:
+    """Replaces each node by itself. tokens: see `surgery.analysis.sweep.Sweep`."""
+    reading = Reading(objective.metric)
+    sweep = Sweep(objective.model, objective.inputs, reading.positions, tokens=tokens)
+
+    def measured(output: Any) -> float:
+        return float(reading.read(objective.model, objective.inputs, output, sweep.clean).mean())
+
+    start = measured(sweep.clean)
+    changes: dict[Node, float] = {}
+
+    def read(number: int, output: Any) -> None:
+        changes[nodes[number]] = measured(output) - start
+
+    sweep.run([baseline.edits(address, [head], circuit) for address, head, circuit in nodes], read)
+    return Exact(changes, start, 1 + sweep.forwards, tuple(sweep.notes))

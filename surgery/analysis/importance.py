@@ -1,0 +1,241 @@
+"""Which heads matter, for the price of a few forwards: estimates of what replacing a head's circuit would change.
+
+`head_importance` has them by gradients, and checks the best, and a random sample of the others, by doing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from surgery.analysis.atpstar import attribution_star
+from surgery.analysis.attribution import Scores, attribution
+from surgery.analysis.baselines import CIRCUIT_SITES, Baseline, Selection, baseline_of
+from surgery.analysis.batches import Batch, batches
+from surgery.analysis.edges import edge_scores
+from surgery.analysis.exact import Node, exact_changes
+from surgery.analysis.integrated import integrated
+from surgery.analysis.objective import Objective
+from surgery.errors import SpecError, closest, describe
+from surgery.lower import lower
+from surgery.patch import anatomy_of, as_spec, patched, session_of
+from surgery.spec import Freeze, Spec
+
+METHODS = ("ablation", "atp", "atp*", "ig")
+CONFIDENCE = 0.95
+
+
+class Importance:
+    """What `head_importance` found.
+
+    frame: a row for each head and circuit: address, head, circuit, score (estimated change of the metric's mean), dropped (of
+      GradDrop; NaN without), magnitude (by which heads are ranked: the larger of dropped and the score's size), exact (the
+      change when it is done; NaN where it was not).
+    baseline: the metric without changes. positions: by (address, circuit), estimates (head, position) of each position's
+      share, heads in the order of the frame; of circuits of one site, by gradients. edges: see `surgery.analysis.edges`.
+    forwards, backwards: passes that it took, in whole forwards' worth. sampled: rows that were verified by chance.
+    """
+
+    def __init__(
+        self, frame: pd.DataFrame, method: str, metric: str, baseline: float, positions: Mapping[tuple[str, str], np.ndarray]
+    ) -> None:
+        self.frame, self.method, self.metric, self.baseline, self.positions = frame, method, metric, baseline, positions
+        self.forwards, self.backwards = 0.0, 0.0
+        self.sampled: list[int] = []
+        self.edges: pd.DataFrame | None = None
+        self.notes: list[str] = []
+
+    def top(self, count: int = 10, circuit: str | None = None) -> pd.DataFrame:
+        """The rows of largest magnitude, of one circuit or of all."""
+        rows = self.frame if circuit is None else self.frame[self.frame.circuit == circuit]
+        return rows.sort_values("magnitude", ascending=False, kind="stable").head(count)
+
+    def matrix(self, circuit: str, column: str = "score") -> pd.DataFrame:
+        """Layers (addresses) × heads of one circuit."""
+        rows = self.frame[self.frame.circuit == circuit]
+        if rows.empty:
+            do = f"Choose of {', '.join(map(repr, self.frame.circuit.unique()))}."
+            raise SpecError(describe("matrix", repr(circuit), "a circuit that was scored", do))
+        return rows.pivot(index="address", columns="head", values=column).reindex(rows.address.unique())
+
+    @property
+    def correlation(self) -> float:
+        """Rank correlation (Spearman) of magnitudes with the exact changes' sizes, over what was verified; NaN below three."""
+        rows = self.frame.dropna(subset=["exact"])
+        return float(stats.spearmanr(rows.magnitude, rows.exact.abs()).statistic) if len(rows) > 2 else float("nan")
+
+    @property
+    def missed(self) -> float:
+        """The largest exact change, either way, in the random sample of heads that were not among the best; NaN without one."""
+        return float(self.frame.exact[self.sampled].abs().max()) if self.sampled else float("nan")
+
+    @property
+    def bound(self) -> float:
+        """At most this share of the heads that were not among the best change more than `missed`, with 95 % confidence.
+
+        A sample of n in which none is larger than its largest: 1 - 0.05^(1/n). NaN without a sample.
+        """
+        return 1 - (1 - CONFIDENCE) ** (1 / len(self.sampled)) if self.sampled else float("nan")
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{self.method} of {self.metric}, {self.baseline:.4g} as it is; "
+            f"{self.forwards:.3g} forwards and {self.backwards:.3g} backwards",
+            self.top().to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"),
+        ]
+        if self.sampled:
+            lines += [
+                f"of {len(self.sampled)} others, drawn at random, none changes more than {self.missed:.3g}; "
+                f"at most {self.bound:.0%} of the rest do ({CONFIDENCE:.0%} confidence)"
+            ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return self.top().to_html(index=False, na_rep="")
+
+
+def head_importance(
+    model: Any,
+    clean: Any,
+    corrupted: Any = None,
+    metric: Any = "loss",
+    method: str = "atp",
+    *,
+    circuits: Sequence[str] | str = ("qk", "ov"),
+    to: Any = "corrupted",
+    layers: Any = "all",
+    heads: Any = "all",
+    verify_top: int = 0,
+    sample: int = 0,
+    given: Any = None,
+    edges: bool = False,
+    steps: int = 8,
+    path: str = "layer",
+    drop_layers: bool = True,
+    seed: int = 0,
+    tokens: int | None = None,
+) -> Importance:
+    """Scores each head's circuits by what replacing them changes in a metric.
+
+    clean, corrupted: one batch of inputs each (see `surgery.analysis.batches.batches`), of equal shapes.
+    metric: of `surgery.analysis.metrics`, or a callable of the output; differentiable, except for "ablation". One that is at
+      its smallest on the clean inputs, as KL is, has no first order there: "atp" sees nothing, "ig" does.
+    method: "ablation" (exact, by the sweep), "atp" (attribution patching: one forward and backward for all heads), "atp*"
+      (with the softmax computed again, and GradDrop over layers unless drop_layers=False), "ig" (integrated gradients: `steps`
+      passes on each `path`, see `surgery.analysis.integrated`).
+    circuits: "qk", "q", "k", "ov", "v" (see `surgery.analysis.baselines`). In "atp*", "k" is the sum over keys replaced one
+      at a time, all other methods replace a head's keys together.
+    to: "corrupted", "zero", "mean" (of the current activations), or a reference or captured run.
+    verify_top: do it for this many rows of largest magnitude; sample: and for so many others, drawn by `seed`.
+    given: cuts that the model has meanwhile, beside its own: backup heads show only once the heads that they stand in for are
+      cut. edges: also edge attribution between all of these heads. tokens: see `surgery.analysis.sweep.Sweep`.
+    Raises SpecError or NoMatchError for what does not fit, before anything runs.
+    """
+    circuits = [circuits] if isinstance(circuits, str) else list(dict.fromkeys(circuits))
+    for what, names, known in (("method", [method], METHODS), ("circuits", circuits, tuple(CIRCUIT_SITES))):
+        if unknown := [name for name in names if name not in known]:
+            hint = closest(unknown[0], known) or "Choose of these."
+            raise SpecError(describe(f"head_importance: {what}", f"{unknown}", f"of {', '.join(map(repr, known))}", hint))
+    inputs, others = _only_batch(model, clean, "clean"), None
+    if corrupted is not None:
+        others = _only_batch(model, corrupted, "corrupted")
+    session = session_of(model)
+    kernel: Any = session.kernel if session is not None else "auto"
+    cuts = (session.spec if session is not None else Spec()) + as_spec(given)
+    with patched(model, cuts, kernel=kernel, strict=False):
+        chosen = _selection(model, layers, heads)
+        objective = Objective(model, inputs, metric)
+        sites = [CIRCUIT_SITES[circuit] for circuit in circuits] + [("z",)] * edges
+        baseline = baseline_of(objective, to, others, chosen, list(dict.fromkeys(site for some in sites for site in some)))
+        nodes = [(address, head, circuit) for address, own in chosen for head in own for circuit in circuits]
+        if method == "ablation":
+            done = exact_changes(objective, nodes, baseline, tokens)
+            rows = [(*node, done.changes[node], np.nan, done.changes[node]) for node in nodes]
+            found = Importance(_frame(rows), method, objective.metric.name, done.start, {})
+            found.forwards, found.notes = done.forwards, list(done.notes)
+        else:
+            found = _estimated(objective, method, chosen, circuits, baseline, steps, path, drop_layers)
+            _verify(found, objective, baseline, verify_top, sample, seed, tokens)
+        if edges:
+            found.edges = edge_scores(objective, chosen, chosen, baseline)
+        found.forwards += objective.forwards
+        found.backwards = objective.backwards
+    return found
+
+
+def _estimated(
+    objective: Objective,
+    method: str,
+    chosen: Selection,
+    circuits: Sequence[str],
+    baseline: Baseline,
+    steps: int,
+    path: str,
+    drop_layers: bool,
+) -> Importance:
+    drops: Scores = {}
+    if method == "atp":
+        scores = attribution(objective, chosen, circuits, baseline)
+    elif method == "ig":
+        scores = integrated(objective, chosen, circuits, baseline, steps, path)
+    else:
+        scores, drops = attribution_star(objective, chosen, circuits, baseline, drop_layers)
+    def total(of: Scores, address: str, circuit: str, index: int) -> float:
+        return float(of[address, circuit][:, index].sum()) if of else np.nan
+
+    rows = [
+        (address, head, circuit, total(scores, address, circuit, index), total(drops, address, circuit, index), np.nan)
+        for address, own in chosen
+        for index, head in enumerate(own)
+        for circuit in circuits
+        if (address, circuit) in scores  # unless the inputs do not come to an attention, of which the engine warns
+    ]
+    positions = {key: score.sum(0).cpu().numpy() for key, score in scores.items() if len(baseline.sites(key[1])) == 1}
+    assert objective.start is not None
+    return Importance(_frame(rows), method, objective.metric.name, objective.start, positions)
+
+
+def _frame(rows: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
+    """rows: address, head, circuit, score, dropped, exact."""
+    frame = pd.DataFrame(rows, columns=["address", "head", "circuit", "score", "dropped", "exact"])
+    frame.insert(5, "magnitude", np.fmax(frame.score.abs(), frame.dropped))
+    return frame
+
+
+def _verify(
+    found: Importance, objective: Objective, baseline: Baseline, top: int, sample: int, seed: int, tokens: int | None
+) -> None:
+    """Fills in the exact changes of the best rows and of some others."""
+    best = found.top(top).index.tolist()
+    others = found.frame.index.difference(best).to_numpy()
+    found.sampled = sorted(np.random.default_rng(seed).choice(others, min(sample, len(others)), replace=False).tolist())
+    if not (chosen := [*best, *found.sampled]):
+        return
+    rows = found.frame.loc[chosen]
+    nodes: list[Node] = list(zip(rows["address"], map(int, rows["head"]), rows["circuit"], strict=True))
+    done = exact_changes(objective, nodes, baseline, tokens)
+    found.frame.loc[chosen, "exact"] = [done.changes[node] for node in nodes]
+    found.forwards, found.notes = done.forwards, list(done.notes)
+
+
+def _selection(model: Any, layers: Any, heads: Any) -> Selection:
+    """The selected attentions with their heads. Raises SpecError or NoMatchError for what does not exist."""
+    checked = Freeze("qk", layers, heads)  # the same checks as a cut of the same selection
+    anatomy = anatomy_of(model)
+    lower(Spec(checked), anatomy)
+    return [
+        (a.address, tuple(range(a.heads)) if checked.heads == "all" else tuple(sorted(checked.heads)))
+        for a in anatomy.select(checked.layers, "head_importance")
+    ]
+
+
+def _only_batch(model: Any, data: Any, what: str) -> Batch:
+    found = batches(model, data)
+    if len(found) != 1:
+        do = "Score one after another, or join them into one."
+        raise SpecError(describe(f"head_importance: {what}", f"{len(found)} batches", "one", do))
+    return found[0]

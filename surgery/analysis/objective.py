@@ -1,0 +1,89 @@
+"""A metric as a function that has gradients: its mean over a batch, on the graph of a forward with cuts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.analysis.batches import rows_of
+from surgery.analysis.metrics import Measured, as_metric
+from surgery.errors import SpecError, describe
+from surgery.evaluation import evaluating
+from surgery.patch import patched, session_of
+from surgery.spec import Spec
+from surgery.taps import runs_on
+
+
+class Objective:
+    """The mean of a metric over one batch. Cuts that the model has stay, below those of each spec.
+
+    clean: logits of the first forward, which must be one whose cuts change no number: metrics that compare, compare with it.
+    start: the metric's mean in it. forwards, backwards: passes through the model so far.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], metric: Any) -> None:
+        self.model, self.metric, self.rows = model, as_metric(metric), rows_of(inputs)
+        session = session_of(model)
+        self.base = session.spec if session is not None else Spec()
+        self.kernel: Any = session.kernel if session is not None else "auto"
+        names = inspect.signature(model.forward).parameters
+        self.inputs = {**inputs, **({"use_cache": False} if "use_cache" in names and "use_cache" not in inputs else {})}
+        self.keeps = self.metric.positions is not None and "logits_to_keep" in names
+        self.clean: Tensor | None = None
+        self.start: float | None = None
+        self.forwards, self.backwards = 0.0, 0.0
+
+    def forward(self, spec: Spec, inputs: Mapping[str, Any] | None = None) -> Any:
+        """The model's output on the batch, or on inputs of the same shape, in evaluation mode."""
+        given = self.inputs if inputs is None else {**self.inputs, **inputs}
+        self.forwards += 1
+        with patched(self.model, self.base + spec, kernel=self.kernel, strict=False), evaluating(self.model):
+            return self.model(**given, **self._kept(given))
+
+    def value(self, spec: Spec) -> Tensor:
+        """The metric's mean over examples. Raises SpecError where it is not one number for each."""
+        with torch.enable_grad():
+            output = self.forward(spec)
+            logits = self._logits(output)
+            if self.clean is None and logits is not None:
+                self.clean = logits.detach()
+            found = self.metric.function(Measured(self.model, self.inputs, output, logits, self.clean))
+            found = found if isinstance(found, Tensor) else torch.as_tensor(found)
+        if found.dim() > 1 or (found.dim() == 1 and len(found) not in (1, self.rows)):
+            expected = f"a number, or one for each of {self.rows} examples"
+            what, do = f"metric {self.metric.name!r}", "Reduce it to one number per example."
+            raise SpecError(describe(what, f"a tensor of shape {tuple(found.shape)}", expected, do))
+        mean = found.mean()
+        self.start = float(mean.detach()) if self.start is None else self.start
+        return mean
+
+    def gradients(self, value: Tensor, leaves: Sequence[Tensor], keep: bool = False) -> list[Tensor]:
+        """The gradient at each leaf; zeros where the metric does not depend on it. keep: the graph, for another time.
+
+        Raises SpecError for a metric without a gradient.
+        """
+        if not value.requires_grad:
+            found = "a number that has no gradient"
+            do = "Write it in torch without .item() or argmax, or use method='ablation', which needs no gradient."
+            raise SpecError(describe(f"metric {self.metric.name!r}", found, "a differentiable function of the output", do))
+        self.backwards += 1
+        slopes = torch.autograd.grad(value, list(leaves), retain_graph=keep, allow_unused=True)
+        return [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, slopes, strict=True)]
+
+    def _kept(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The argument by which a model computes logits where the metric looks, and nowhere else."""
+        if not self.keeps:
+            return {}
+        length = next(v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1)
+        kept = [p % length for p in self.metric.positions or ()]
+        return {"logits_to_keep": torch.tensor(kept, device=runs_on(self.model))}
+
+    def _logits(self, output: Any) -> Tensor | None:
+        logits = getattr(output, "logits", None)
+        if logits is None or self.keeps or self.metric.positions is None or logits.dim() < 3:
+            return logits
+        return logits[:, list(self.metric.positions)]
