@@ -34,8 +34,8 @@ from surgery.errors import SpecError, describe
 from surgery.patch import anatomy_of
 from surgery.spec import Spec
 
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""How far a pattern may be from the softmax of its scores in float64; in half precision ROUGH."""
+CLOSE = 1e-5
+"""How far a pattern may be from the softmax of its scores: families compute it in float32. In half precision ROUGH."""
 ROUGH = 2e-2
 
 
@@ -86,7 +86,7 @@ class _Changes:
         self.patterns, self.seen = patterns, seen
         self.changed: dict[str, Points] = {}
         for circuit in circuits:
-            changed = taps(self.selection, ["scores" if circuit == "k" else "pattern"])
+            changed = taps(self.selection, ["scores", "pattern"] if circuit == "k" else ["pattern"])
             edits = [edit for address, heads in self.selection for edit in baseline.edits(address, heads, circuit)]
             back = Points(self.selection, ["z"], lambda address, heads, site: _Back(seen.last((address, site))))
             with torch.no_grad():
@@ -99,12 +99,14 @@ class _Changes:
         for address, _ in self.selection:
             before, gradient = self.patterns.last((address, "pattern")).detach().double(), by_site[address, "pattern"].double()
             for circuit, changed in self.changed.items():
+                after = changed.last((address, "pattern")).double()
                 if circuit == "k":
-                    scores, new = self.seen.last((address, "scores")).detach(), changed.last((address, "scores"))
-                    total = _mass(scores, before, address)
-                    found[address, "k"] = one_key_changed(scores.double(), total, gradient, new.double()).sum(-2)
+                    scores, new = (points.last((address, "scores")).detach() for points in (self.seen, changed))
+                    # Of the same queries: it shows in whichever pattern leaves it more.
+                    sink = torch.maximum(sink_scores(scores, before, address), sink_scores(new, after, address))
+                    found[address, "k"] = one_key_changed(scores.double(), sink, gradient, new.double()).sum(-2)
                     continue
-                change = ((changed.last((address, "pattern")).double() - before) * gradient).sum(-1)
+                change = ((after - before) * gradient).sum(-1)
                 found[address, circuit] = change if circuit == "q" else change.sum(-1, keepdim=True)
         return found
 
@@ -119,21 +121,18 @@ class _Back:
         return self.z
 
 
-def one_key_changed(scores: Tensor, mass: Tensor, gradient: Tensor, changed: Tensor) -> Tensor:
+def one_key_changed(scores: Tensor, sink: Tensor, gradient: Tensor, changed: Tensor) -> Tensor:
     """(.., query, key): how Σ_j A_j g_j changes when this key's score alone becomes what it is in `changed`.
 
-    scores, changed: (.., query, key) after the mask. mass: (.., query), the sum of
-    the pattern's row, less than 1 where a sink takes its share. gradient: g, (.., query, key).
+    scores, changed: (.., query, key) after the mask. sink: (.., query), a score of the row's own that takes weight and moves
+    nothing; -inf where there is none. gradient: g, (.., query, key).
     The closed form of the module's docstring, as (p' - p) (g_k - m_k) with m_k the mean of g over what else is attended to; of
     the largest weight, where 1 - p may round to zero, with sums that leave it out.
     """
     live = torch.isfinite(scores)
     empty = ~live.any(-1, keepdim=True)  # a row that may attend to nothing
-    mass = torch.where(empty[..., 0], 1.0, mass)
     zero, low = torch.zeros((), dtype=scores.dtype, device=scores.device), -float("inf")
-    s = torch.where(live, scores, low).masked_fill(empty, 0.0)
-    sink = s.logsumexp(-1) + torch.log(1 / mass - 1)  # a score of its own, -inf where there is none
-    s = torch.cat([s, sink[..., None]], -1)
+    s = torch.cat([torch.where(live, scores, low).masked_fill(empty, 0.0), sink[..., None]], -1)
     g = torch.cat([gradient, torch.zeros_like(gradient[..., :1])], -1)
     log_p = s.log_softmax(-1)
     p = log_p.exp()
@@ -151,20 +150,21 @@ def one_key_changed(scores: Tensor, mass: Tensor, gradient: Tensor, changed: Ten
     return torch.where(live & ~empty, (new - p) * (g - mean), zero)
 
 
-def _mass(scores: Tensor, pattern: Tensor, address: str) -> Tensor:
-    """(batch, head, query): the sum of each row of a pattern, 1 to rounding made 1.
+def sink_scores(scores: Tensor, pattern: Tensor, address: str) -> Tensor:
+    """(batch, head, query): the score of what takes a share of each row beside its keys; -inf where the row adds up to 1.
 
-    Raises SpecError if the pattern is not that share of the softmax of the scores.
+    Raises SpecError if the pattern is not what such a sink leaves of the softmax of the scores.
     """
-    close = ROUNDING.get(scores.dtype, ROUGH)
+    close, scores = CLOSE if scores.dtype.itemsize > 2 else ROUGH, scores.double()
     mass = pattern.sum(-1)
     mass = torch.where((mass - 1).abs() <= close, 1.0, mass)
-    gap = float((scores.double().softmax(-1) * mass[..., None] - pattern).abs().nan_to_num().max())
+    gap = float((scores.softmax(-1) * mass[..., None] - pattern).abs().nan_to_num().max())
     if gap > close or float(mass.max()) > 1:
         expected = "the softmax of the scores, less what a sink takes"
         do = "Use circuit 'qk' or 'q', or method='atp'."
         raise SpecError(describe(f"key scores at {address}", f"a pattern that differs by {gap:.2g}", expected, do))
-    return mass
+    sink = scores.logsumexp(-1) + torch.log(1 / mass - 1)
+    return torch.where(torch.isfinite(scores).any(-1), sink, -float("inf"))
 
 
 # -- GradDrop -----------------------------------------------------------------------------------------------------------

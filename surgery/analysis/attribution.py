@@ -34,6 +34,8 @@ class Tap:
         self.seen: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not x.requires_grad:  # before all parameters that are trained
+            x = x.detach().requires_grad_()
         self.seen.append(x)
         return x
 

@@ -184,6 +184,7 @@ def _estimated(
         scores = integrated(objective, chosen, circuits, baseline, steps, path)
     else:
         scores, drops = attribution_star(objective, chosen, circuits, baseline, drop_layers)
+
     def total(of: Scores, address: str, circuit: str, index: int) -> float:
         return float(of[address, circuit][:, index].sum()) if of else np.nan
 

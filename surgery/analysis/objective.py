@@ -57,7 +57,8 @@ class Objective:
             expected = f"a number, or one for each of {self.rows} examples"
             what, do = f"metric {self.metric.name!r}", "Reduce it to one number per example."
             raise SpecError(describe(what, f"a tensor of shape {tuple(found.shape)}", expected, do))
-        mean = found.mean()
+        with torch.enable_grad():
+            mean = found.mean()
         self.start = float(mean.detach()) if self.start is None else self.start
         return mean
 
