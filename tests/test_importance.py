@@ -283,14 +283,29 @@ def test_dropped_layers_are_held_fixed() -> None:
 
 
 def test_a_head_whose_ways_cancel_is_found_by_dropping_layers() -> None:
-    """The MLP of a later layer undoes what a head writes: no gradient through both, one through either."""
+    """An MLP of such a strength that it undoes, to first order, what one head of the first layer does on all other ways."""
     model, (clean, corrupted) = deep_model(0.1, 4), prompts()
-    plain = head_importance(model, clean, corrupted, METRIC, "atp", circuits=["ov"]).matrix("ov").abs()
-    star = head_importance(model, clean, corrupted, METRIC, "atp*", circuits=["ov"])
-    signed, dropped = star.matrix("ov").abs(), star.matrix("ov", "dropped")
-    assert signed.to_numpy() == pytest.approx(plain.to_numpy(), abs=1e-6), "of z, the estimate is the same"
-    weak = signed < 0.3 * dropped
-    assert weak.to_numpy().any()
+    weight = patch_model(model).transformer.h[2].mlp.c_proj.weight
+    before = weight.detach().clone()
+    options: dict[str, Any] = {"circuits": ["ov"], "layers": [0]}
+
+    def score(strength: float) -> float:
+        with torch.no_grad():
+            weight.copy_(strength * before)
+        return float(head_importance(model, clean, corrupted, METRIC, "atp", **options).frame.score[head])
+
+    head = 2
+    grid = torch.linspace(-12, 12, 25).tolist()
+    values = [score(strength) for strength in grid]
+    low, high = next((a, b) for a, b, x, y in zip(grid, grid[1:], values, values[1:], strict=False) if x * y < 0)
+    is_rising = score(high) > 0
+    for _ in range(14):
+        middle = (low + high) / 2
+        low, high = (low, middle) if (score(middle) > 0) == is_rising else (middle, high)
+    score(low)
+    row = head_importance(model, clean, corrupted, METRIC, "atp*", **options).frame.loc[head]
+    assert row.dropped > 50 * abs(row.score)
+    assert row.magnitude == row.dropped
 
 
 # -- integrated gradients -----------------------------------------------------------------------------------------------
@@ -517,6 +532,61 @@ def test_an_encoder_and_decoder_with_cross_attention() -> None:
     assert found.edges is not None
     ways = set(zip(found.edges.address, found.edges.to_address, found.edges.input, strict=True))
     assert ("encoder.self.1", "decoder.cross.0", "k") in ways and ("encoder.self.1", "decoder.cross.0", "q") not in ways
+
+
+def test_a_layer_that_runs_several_times_has_one_score() -> None:
+    """One module for all layers: the slope of cutting it in all of them, which is what a cut of it does."""
+    torch.manual_seed(0)
+    config = transformers.AlbertConfig(
+        vocab_size=67,
+        embedding_size=16,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        intermediate_size=40,
+        initializer_range=0.1,
+        classifier_dropout_prob=0.0,
+    )
+    model, (clean, _) = transformers.AlbertForMaskedLM(config).eval().double(), prompts()
+    found = head_importance(model, clean, None, METRIC, "atp", to="zero", circuits=["ov"])
+    assert len(found.frame) == 4
+    patch_model(model)
+    start = measure(model, None, clean)
+    for head, score in enumerate(found.frame.score):
+        coarse, fine = (
+            (measure(model, Edit("z", "zero", heads=[head], strength=step), clean) - start) / step for step in (2e-4, 1e-4)
+        )
+        assert score == pytest.approx(2 * fine - coarse, rel=1e-4)
+    with pytest.raises(SpecError, match="3 calls in one forward; expected one"):
+        head_importance(model, clean, None, METRIC, "atp*", to="zero")
+    with pytest.raises(SpecError, match="several tensors of one forward"):
+        head_importance(model, clean, clean, METRIC, "atp")
+
+
+def test_an_image_classifier() -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, image_size=16, patch_size=4
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    clean, corrupted = ({"pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(2))
+
+    def margin(output: Any) -> Tensor:
+        return output.logits[:, 0] - output.logits[:, 1]
+
+    exact = head_importance(model, clean, corrupted, margin, "ablation", circuits=ALL).frame.score
+    found = head_importance(model, clean, corrupted, margin, "atp*", circuits=ALL, drop_layers=False)
+    assert found.metric == "margin" and found.frame.score.corr(exact) > 0.99
+
+
+def test_labels_stay_and_other_inputs_must_be_given() -> None:
+    model, (clean, corrupted) = FAMILIES["gpt2"].build("sdpa"), prompts()
+    given = {**clean, "labels": clean["input_ids"], "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    with pytest.raises(SpecError, match=r"corrupted\['attention_mask'\]: found nothing"):
+        head_importance(model, given, corrupted)
+    found = head_importance(model, given, {**corrupted, "attention_mask": given["attention_mask"]})
+    expected = head_importance(model, clean, corrupted)
+    assert found.frame.score.to_numpy() == pytest.approx(expected.frame.score.to_numpy(), abs=1e-6)
 
 
 def test_layers_and_heads_are_selected() -> None:

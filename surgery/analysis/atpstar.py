@@ -13,7 +13,8 @@ Here the softmax is computed again, by the model itself, and only what follows t
   compared with a mean effect.
 
 A(q', k) and the changed scores come from forwards in which z is put back to what it was, so that each layer sees its clean
-input: one forward for each of q, k, qk, whatever a family does to its scores.
+input: one forward for each of q, k, qk, whatever a family does to its scores. The matrices of all selected layers are kept
+meanwhile: of long sequences, score some layers at a time.
 """
 
 from __future__ import annotations
