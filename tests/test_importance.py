@@ -510,12 +510,33 @@ def test_the_circuit_of_the_demo_model(method: str) -> None:
     assert method == "ablation" or found.top(1).exact.notna().all()
 
 
+def test_where_a_norm_saturates_the_integral_sees_what_slopes_do_not() -> None:
+    """What the demo model's heads write is most of what its last norm sees: a little less of it changes next to nothing."""
+    model, clean = load_model(), repeated_sequences(8, 20, 64, 0)
+    corrupted = torch.cat([repeated_sequences(8, 20, 64, 1)[:, :21], clean[:, 21:]], 1)
+    metric = metrics.logit_difference(clean[:, 31], corrupted[:, 11], position=30)
+    exact, plain, integral = (
+        head_importance(model, clean, corrupted, metric, method, circuits=["k", "ov"]).frame.set_index(
+            ["address", "head", "circuit"]
+        )
+        for method in ("ablation", "atp", "ig")
+    )
+    for node in (("self.1", 3, "k"), ("self.1", 3, "ov"), ("self.0", 0, "ov")):
+        assert exact.score[node] < -15, "the whole logit difference"
+        assert abs(plain.score[node]) < 0.1 * abs(exact.score[node])
+        assert integral.score[node] == pytest.approx(exact.score[node], rel=0.2)
+
+
 def test_the_strongest_edge_of_the_demo_model_is_into_the_induction_heads_key() -> None:
     model, clean = load_model(), repeated_sequences(8, 20, 64, 0)
     corrupted = torch.cat([repeated_sequences(8, 20, 64, 1)[:, :21], clean[:, 21:]], 1)
     metric = metrics.logit_difference(clean[:, 31], corrupted[:, 11], position=30)
-    edges = head_importance(model, clean, corrupted, metric, "atp", edges=True).edges
-    assert edges is not None
+    found = head_importance(model, clean, corrupted, metric, "atp", edges=True)
+    edges, table = found.edges, found.edge_matrix("k")
+    assert edges is not None and table.shape == (8, 8)
+    assert table.notna().sum().sum() == 16 and table.loc[("self.0", 0), ("self.1", 3)] == table.abs().max().max()
+    with pytest.raises(SpecError, match="found 'z'; expected edges into q, k or v"):
+        found.edge_matrix("z")
     best = edges.loc[edges.score.abs().idxmax()]
     assert (best.address, best["head"], best.to_address, best.to_head, best.input) == ("self.0", 0, "self.1", 3, "k")
 
@@ -579,6 +600,19 @@ def test_an_image_classifier() -> None:
     assert found.metric == "margin" and found.frame.score.corr(exact) > 0.99
 
 
+def test_layers_that_change_the_shape_have_no_residual_to_go_past_them() -> None:
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(image_size=16, patch_size=2, window_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4])
+    model = transformers.SwinForImageClassification(config).eval()
+    clean, corrupted = ({"pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(2))
+    options: dict[str, Any] = {"metric": lambda output: output.logits[:, 0]}
+    with pytest.raises(SpecError, match=r"GradDrop at a SwinStage: found a layer from .* Use drop_layers=False"):
+        head_importance(model, clean, corrupted, method="atp*", **options)
+    found = head_importance(model, clean, corrupted, method="atp*", drop_layers=False, **options)
+    exact = head_importance(model, clean, corrupted, method="ablation", **options)
+    assert len(found.frame) == (2 * 2 + 4) * 2 and found.frame.score.corr(exact.frame.score) > 0.99
+
+
 def test_labels_stay_and_other_inputs_must_be_given() -> None:
     model, (clean, corrupted) = FAMILIES["gpt2"].build("sdpa"), prompts()
     given = {**clean, "labels": clean["input_ids"], "attention_mask": torch.ones(3, 9, dtype=torch.long)}
@@ -587,6 +621,33 @@ def test_labels_stay_and_other_inputs_must_be_given() -> None:
     found = head_importance(model, given, {**corrupted, "attention_mask": given["attention_mask"]})
     expected = head_importance(model, clean, corrupted)
     assert found.frame.score.to_numpy() == pytest.approx(expected.frame.score.to_numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("method", ["atp", "atp*"])
+def test_padding_counts_for_nothing(method: str, implementation: str) -> None:
+    model, (clean, corrupted) = FAMILIES["llama"].build(implementation), prompts()
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    padded, others = ({"input_ids": given["input_ids"] * mask, "attention_mask": mask} for given in (clean, corrupted))
+    found = head_importance(model, padded, others, METRIC, method, circuits=ALL, drop_layers=False)
+    rows = [({"input_ids": given["input_ids"][1:]}, {"input_ids": given["input_ids"][:1, 4:]}) for given in (padded, others)]
+    alone = [
+        head_importance(model, a, b, METRIC, method, circuits=ALL, drop_layers=False).frame.score
+        for a, b in zip(*rows, strict=True)
+    ]
+    expected = (2 * alone[0] + alone[1]) / 3  # means over two examples, and of one
+    assert found.frame.score.to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-3, abs=1e-4)
+
+
+def test_the_kernel_makes_no_difference() -> None:
+    model, (clean, corrupted) = FAMILIES["gemma3"].build("sdpa"), prompts()
+    expected = head_importance(model, clean, corrupted, METRIC, "atp*", circuits=ALL).frame
+    with patched(model, kernel="eager"):
+        found = head_importance(model, clean, corrupted, METRIC, "atp*", circuits=ALL).frame
+    for column in ("score", "dropped"):
+        largest = expected[column].abs().max()
+        assert found[column].to_numpy() == pytest.approx(expected[column].to_numpy(), abs=1e-4 * largest)
 
 
 def test_layers_and_heads_are_selected() -> None:

@@ -62,6 +62,16 @@ class Importance:
             raise SpecError(describe("matrix", repr(circuit), "a circuit that was scored", do))
         return rows.pivot(index="address", columns="head", values=column).reindex(rows.address.unique())
 
+    def edge_matrix(self, name: str) -> pd.DataFrame:
+        """Senders × receivers, (address, head) each, of edges into one input: "q", "k" or "v". NaN where there is no way."""
+        if self.edges is None or name not in set(self.edges.input):
+            found = "no edges" if self.edges is None else repr(name)
+            raise SpecError(describe("edge_matrix", found, "edges into q, k or v", "Pass edges=True, and one of these."))
+        rows = self.edges[self.edges.input == name]
+        order = [tuple(node) for node in self.frame[["address", "head"]].drop_duplicates().itertuples(index=False)]
+        table = rows.pivot(index=["address", "head"], columns=["to_address", "to_head"], values="score")
+        return table.reindex(index=pd.MultiIndex.from_tuples(order), columns=pd.MultiIndex.from_tuples(order))
+
     @property
     def correlation(self) -> float:
         """Rank correlation (Spearman) of magnitudes with the exact changes' sizes, over what was verified; NaN below three."""
@@ -126,13 +136,15 @@ def head_importance(
       its smallest on the clean inputs, as KL is, has no first order there: "atp" sees nothing, "ig" does.
     method: "ablation" (exact, by the sweep), "atp" (attribution patching: one forward and backward for all heads), "atp*"
       (with the softmax computed again, and GradDrop over layers unless drop_layers=False), "ig" (integrated gradients: `steps`
-      passes on each `path`, see `surgery.analysis.integrated`).
+      passes on each `path`, see `surgery.analysis.integrated`). The first two of the estimates are linear in what a head
+      moves: where that is most of what a later norm sees, they miss its size, and even its sign, and "ig" does not.
     circuits: "qk", "q", "k", "ov", "v" (see `surgery.analysis.baselines`). In "atp*", "k" is the sum over keys replaced one
       at a time, all other methods replace a head's keys together.
     to: "corrupted", "zero", "mean" (of the current activations), or a reference or captured run.
     verify_top: do it for this many rows of largest magnitude; sample: and for so many others, drawn by `seed`.
-    given: cuts that the model has meanwhile, beside its own: backup heads show only once the heads that they stand in for are
-      cut. edges: also edge attribution between all of these heads. tokens: see `surgery.analysis.sweep.Sweep`.
+    given: cuts that the model has meanwhile, beside its own, on corrupted inputs too: backup heads show only once the heads
+      that they stand in for are cut.
+    edges: also edge attribution between all of these heads. tokens: see `surgery.analysis.sweep.Sweep`.
     Raises SpecError or NoMatchError for what does not fit, before anything runs.
     """
     circuits = [circuits] if isinstance(circuits, str) else list(dict.fromkeys(circuits))

@@ -58,7 +58,7 @@ class Objective:
             what, do = f"metric {self.metric.name!r}", "Reduce it to one number per example."
             raise SpecError(describe(what, f"a tensor of shape {tuple(found.shape)}", expected, do))
         with torch.enable_grad():
-            mean = found.mean()
+            mean = found.double().mean()
         self.start = float(mean.detach()) if self.start is None else self.start
         return mean
 
