@@ -388,6 +388,19 @@ def test_edges_are_slopes_of_what_a_receiver_reads(name: str) -> None:
             assert rows.score.tolist() == pytest.approx(expected.tolist(), abs=3e-3 * largest), (head, name_)
 
 
+def test_edges_to_some_heads_are_those_of_all() -> None:
+    model, (clean, corrupted) = deep_model(0.1, 3), prompts()
+    every = head_importance(model, clean, corrupted, METRIC, "atp", edges=True)
+    some = head_importance(model, clean, corrupted, METRIC, "atp", edges=[(2, 4), ("self.1", 0), (2, 1)])
+    assert every.edges is not None and some.edges is not None
+    assert some.backwards == 2 + 3 * 3 < every.backwards, "one for all scores, one for all slopes, one for each input"
+    both = some.edges.merge(every.edges, on=["address", "head", "to_address", "to_head", "input"], suffixes=("", "_every"))
+    assert len(both) == len(some.edges) == (2 * 12 + 6) * 3
+    assert both.score.to_numpy() == pytest.approx(both.score_every.to_numpy(), rel=1e-6, abs=1e-12)
+    with pytest.raises(SpecError, match="heads 0 to 5"):
+        head_importance(model, clean, corrupted, METRIC, "atp", edges=[(2, 6)])
+
+
 def test_edges_pass_no_other_attention() -> None:
     """Of three layers, an edge from the first to the last is the same, whatever the attention between them would make of it."""
     model, (clean, corrupted) = deep_model(0.1, 3), prompts()
@@ -533,7 +546,7 @@ def test_the_strongest_edge_of_the_demo_model_is_into_the_induction_heads_key() 
     metric = metrics.logit_difference(clean[:, 31], corrupted[:, 11], position=30)
     found = head_importance(model, clean, corrupted, metric, "atp", edges=True)
     edges, table = found.edges, found.edge_matrix("k")
-    assert edges is not None and table.shape == (8, 8)
+    assert edges is not None and table.shape == (8, 4), "from all heads to those of the later layer"
     assert table.notna().sum().sum() == 16 and table.loc[("self.0", 0), ("self.1", 3)] == table.abs().max().max()
     with pytest.raises(SpecError, match="found 'z'; expected edges into q, k or v"):
         found.edge_matrix("z")

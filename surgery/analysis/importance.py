@@ -68,9 +68,9 @@ class Importance:
             found = "no edges" if self.edges is None else repr(name)
             raise SpecError(describe("edge_matrix", found, "edges into q, k or v", "Pass edges=True, and one of these."))
         rows = self.edges[self.edges.input == name]
-        order = [tuple(node) for node in self.frame[["address", "head"]].drop_duplicates().itertuples(index=False)]
+        order = pd.MultiIndex.from_frame(self.frame[["address", "head"]].drop_duplicates())
         table = rows.pivot(index=["address", "head"], columns=["to_address", "to_head"], values="score")
-        return table.reindex(index=pd.MultiIndex.from_tuples(order), columns=pd.MultiIndex.from_tuples(order))
+        return table.reindex(index=order)
 
     @property
     def correlation(self) -> float:
@@ -122,7 +122,7 @@ def head_importance(
     verify_top: int = 0,
     sample: int = 0,
     given: Any = None,
-    edges: bool = False,
+    edges: bool | Sequence[tuple[str | int, int]] = False,
     steps: int = 8,
     path: str = "layer",
     drop_layers: bool = True,
@@ -144,7 +144,8 @@ def head_importance(
     verify_top: do it for this many rows of largest magnitude; sample: and for so many others, drawn by `seed`.
     given: cuts that the model has meanwhile, beside its own, on corrupted inputs too: backup heads show only once the heads
       that they stand in for are cut.
-    edges: also edge attribution between all of these heads. tokens: see `surgery.analysis.sweep.Sweep`.
+    edges: also edge attribution, between all of these heads, or from them to some, each (address or layer, head): a backward
+      through half the model for each receiving head's q, k and v. tokens: see `surgery.analysis.sweep.Sweep`.
     Raises SpecError or NoMatchError for what does not fit, before anything runs.
     """
     circuits = [circuits] if isinstance(circuits, str) else list(dict.fromkeys(circuits))
@@ -160,8 +161,9 @@ def head_importance(
     cuts = (session.spec if session is not None else Spec()) + as_spec(given)
     with patched(model, cuts, kernel=kernel, strict=False):
         chosen = _selection(model, layers, heads)
+        receivers = chosen if edges is True else _receivers(model, edges or ())
         objective = Objective(model, inputs, metric)
-        sites = [CIRCUIT_SITES[circuit] for circuit in circuits] + [("z",)] * edges
+        sites = [CIRCUIT_SITES[circuit] for circuit in circuits] + [("z",)] * bool(edges)
         baseline = baseline_of(objective, to, others, chosen, list(dict.fromkeys(site for some in sites for site in some)))
         nodes = [(address, head, circuit) for address, own in chosen for head in own for circuit in circuits]
         if method == "ablation":
@@ -173,7 +175,7 @@ def head_importance(
             found = _estimated(objective, method, chosen, circuits, baseline, steps, path, drop_layers)
             _verify(found, objective, baseline, verify_top, sample, seed, tokens)
         if edges:
-            found.edges = edge_scores(objective, chosen, chosen, baseline)
+            found.edges = edge_scores(objective, chosen, receivers, baseline)
         found.forwards += objective.forwards
         found.backwards = objective.backwards
     return found
@@ -244,6 +246,14 @@ def _selection(model: Any, layers: Any, heads: Any) -> Selection:
         (a.address, tuple(range(a.heads)) if checked.heads == "all" else tuple(sorted(checked.heads)))
         for a in anatomy.select(checked.layers, "head_importance")
     ]
+
+
+def _receivers(model: Any, heads: Sequence[tuple[str | int, int]]) -> Selection:
+    found: dict[str, set[int]] = {}
+    for address, head in heads:
+        [(name, _)] = _selection(model, [address], [head])
+        found.setdefault(name, set()).add(head)
+    return [(address, tuple(sorted(own))) for address, own in found.items()]
 
 
 def _only_batch(model: Any, data: Any, what: str) -> Batch:
