@@ -1,0 +1,112 @@
+"""A small labelled array: numbers with named axes, whose entries have labels, and what they are measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from surgery.errors import NoMatchError, closest, describe
+
+LONGEST = 12
+"""Rows of a summary when it is printed."""
+
+
+class Labelled:
+    """values: float64; axes: name to labels, in the order of the values' axes; name and unit: of the numbers.
+
+    present: which entries exist, None for all. An entry that does not exist (a head that a layer has not got) is NaN in
+    `values` and in no frame; one that exists may be NaN, too, where a metric is.
+    """
+
+    def __init__(
+        self,
+        values: Any,
+        axes: Mapping[str, Sequence[Any]],
+        name: str = "value",
+        unit: str = "",
+        present: np.ndarray | None = None,
+    ) -> None:
+        self.axes: dict[str, tuple[Any, ...]] = {axis: tuple(labels) for axis, labels in axes.items()}
+        shape = tuple(len(labels) for labels in self.axes.values())
+        self.present = np.ones(shape, dtype=bool) if present is None else np.broadcast_to(present, shape)
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != shape:
+            expected = ", ".join(f"{axis} {len(labels)}" for axis, labels in self.axes.items())
+            do = "Give one label for each entry of each axis."
+            raise NoMatchError(describe("Labelled", f"values of shape {values.shape}", f"({expected})", do))
+        self.values = np.where(self.present, values, np.nan)
+        self.name, self.unit = name, unit
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype=dtype)
+
+    def at(self, **labels: Any) -> Labelled:
+        """The part at one label of each named axis, which then is gone. Raises NoMatchError for one that is not there."""
+        values, present, axes = self.values, self.present, dict(self.axes)
+        for axis, label in labels.items():
+            if axis not in axes:
+                do = f"{closest(axis, self.axes)}Name one of these."
+                raise NoMatchError(describe("at", f"the axis {axis!r}", ", ".join(self.axes), do))
+            if label not in axes[axis]:
+                known = ", ".join(map(repr, axes[axis]))
+                raise NoMatchError(describe("at", f"{axis}={label!r}", known, "Name one of these."))
+            place, number = list(axes).index(axis), axes[axis].index(label)
+            values, present = values.take(number, place), present.take(number, place)
+            del axes[axis]
+        return Labelled(values, axes, self.name, self.unit, present)
+
+    def mean(self, *over: str) -> Labelled:
+        """The mean over some axes, of the entries that exist."""
+        places = tuple(list(self.axes).index(axis) for axis in over)
+        kept = {axis: labels for axis, labels in self.axes.items() if axis not in over}
+        count = self.present.sum(axis=places)
+        total = np.where(self.present, self.values, 0.0).sum(axis=places)
+        return Labelled(total / np.maximum(count, 1), kept, self.name, self.unit, count > 0)
+
+    def with_values(self, values: Any, name: str, unit: str) -> Labelled:
+        """Other numbers for the same entries."""
+        return Labelled(values, self.axes, name, unit, self.present)
+
+    def item(self) -> float:
+        """The number of an array of one entry."""
+        return float(self.values.item())
+
+    def to_frame(self) -> pd.DataFrame:
+        """Tidy: a row for each entry that exists, a column for each axis, and one for the numbers under their name."""
+        places = np.argwhere(self.present)
+        columns = {axis: [labels[i] for i in places[:, n]] for n, (axis, labels) in enumerate(self.axes.items())}
+        return pd.DataFrame({**columns, self.name: self.values[self.present]})
+
+    def top(self, count: int = LONGEST) -> pd.DataFrame:
+        """The rows of the frame whose numbers are farthest from 0, either way."""
+        frame = self.to_frame()
+        return frame.loc[frame[self.name].abs().sort_values(ascending=False, kind="stable").index].head(count)
+
+    def __str__(self) -> str:
+        unit = f" ({self.unit})" if self.unit else ""
+        size = " × ".join(f"{len(labels)} {axis}s" for axis, labels in self.axes.items()) or "one number"
+        head = f"{self.name}{unit}: {size}"
+        if len(self.axes) == 2 and max(self.shape) <= LONGEST:
+            (rows, names), (columns, numbers) = self.axes.items()
+            table = pd.DataFrame(self.values, pd.Index(names, name=rows), pd.Index(numbers, name=columns))
+            return f"{head}\n{table.to_string(float_format=_short)}"
+        count = int(self.present.sum())
+        more = f" (the {LONGEST} farthest from 0 of {count})" if count > LONGEST else ""
+        return f"{head}{more}\n{self.top().to_string(index=False, float_format=_short)}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return self.top().to_html(index=False)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
