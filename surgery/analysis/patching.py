@@ -202,7 +202,7 @@ def _edits(
             positions = tuple(sorted({_placed(p, lengths[attention.address]) for p in choice.positions}))
         if positions is not None and positions[0] >= lengths[attention.address]:
             continue
-        options = {
+        options: dict[str, Any] = {
             "layers": [attention.address],
             "heads": "all" if heads is None else heads,
             "positions": positions,

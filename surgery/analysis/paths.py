@@ -1,0 +1,295 @@
+"""Path patching: what one head tells another, and nothing else.
+
+Wang et al. 2022 (https://arxiv.org/abs/2211.00593), Goldowsky-Dill et al. 2023. A sender's corrupted result goes into a
+receiver's q, k or v alone, while the rest of the model is as on the clean inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from surgery.analysis.batches import Batch
+from surgery.analysis.held import Held
+from surgery.analysis.labelled import Labelled
+from surgery.analysis.outcome import Patching
+from surgery.analysis.pairs import Observed, measured, paired_batches
+from surgery.analysis.reading import Reading
+from surgery.analysis.sweep import Sweep
+from surgery.anatomy import Anatomy
+from surgery.errors import NoMatchError, NotFiredWarning, SpecError, describe
+from surgery.patch import anatomy_of, probed
+from surgery.plan import Probe
+from surgery.reference import Entry, Reference
+from surgery.spec import Edit, Spec
+
+LOGITS = "logits"
+SITES = {"q": "rot_q", "k": "rot_k", "v": "v"}
+"""Where a receiver's inputs are replaced: as they enter the dot product and the weighted sum, each query head's own."""
+
+Head = tuple[str, int]
+Input = tuple[str, int, str]
+"""An address, a head, and "q", "k" or "v"."""
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A head's inputs, or several that are patched together. No inputs: the logits."""
+
+    inputs: tuple[Input, ...]
+
+    @property
+    def label(self) -> str:
+        return " + ".join(f"{address} head {head} {what}" for address, head, what in self.inputs) or LOGITS
+
+
+class Kept:
+    """A callable edit: the tensor of another run in place of what is at hand."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.value
+
+
+def path_patching(
+    model: Any,
+    clean: Any,
+    corrupted: Any,
+    metric: Any = "loss",
+    senders: Any = "all",
+    receivers: Any = LOGITS,
+    *,
+    freeze_mlps: bool = False,
+    tokens: int | None = None,
+    fast: bool = True,
+    progress: bool = True,
+) -> Patching:
+    """The metric when a sender's corrupted result reaches one receiver, for each sender and receiver.
+
+    clean, corrupted, metric: as of `surgery.analysis.patching.activation_patching`.
+    senders: "all" heads, or a list of (layer or address, head). receivers: "logits", (layer or address, head, "q" | "k" | "v"),
+      or a list of these, each on its own; a list within the list is patched together. Of grouped heads, k and v are those
+      that this query head reads; its neighbours go on with the clean ones.
+
+    Three runs. (1) Both inputs, to see z of every head. (2) The clean inputs, with z of the sender corrupted and z of all
+    heads of all attentions behind it as in the clean run, so that what changes goes through no other head; MLPs and norms
+    between are computed again, as in the paper. freeze_mlps=True holds every linear map of the layers outside attention, too,
+    and leaves the residual stream as the only way. (3) The clean inputs with the receiver's q, k or v of (2), all else free.
+    For the logits run (2) is the measurement: the direct effect.
+    A sender that runs after a receiver, or in the same attention, has no path to it: the value is the clean one, without a run.
+    Terms of scores that a family computes from q outside the dot product (relative positions of some encoders) stay clean.
+    tokens: the most in one forward (see Sweep), which also bounds how many senders are kept at a time.
+    Raises SpecError or NoMatchError for what does not fit, or where layers share an attention.
+    """
+    reading, anatomy = Reading([metric]), anatomy_of(model)
+    chosen = _senders(senders, anatomy)
+    targets = _receivers(receivers, anatomy)
+    if corrupted is None:
+        raise SpecError(describe("corrupted", "None", "the inputs of the other run", "Pass them."))
+    parts: list[np.ndarray] = []
+    runs: dict[str, list[np.ndarray]] = {"clean": [], "corrupted": []}
+    notes: list[str] = []
+    forwards = 0.0
+    with tqdm(desc="patching paths", unit="path", disable=not progress) as bar:
+        for mine, theirs in paired_batches(model, clean, corrupted):
+            assert theirs is not None
+            batch = _Paths(model, anatomy, reading, freeze_mlps, mine, theirs, {"tokens": tokens, "fast": fast})
+            todo = batch.existing(chosen, senders == "all")
+            bar.total = (bar.total or 0) + len(todo) * len(targets)
+            parts.append(np.full((len(targets), len(chosen), batch.sweep.rows), np.nan))
+            for sender, target, values in batch.run(todo, targets):
+                parts[-1][targets.index(target), chosen.index(sender)] = values
+                bar.update()
+            runs["clean"].append(batch.clean)
+            runs["corrupted"].append(batch.corrupted)
+            notes += [note for note in batch.sweep.notes if note not in notes]
+            forwards += batch.sweep.forwards + 2
+    values = np.concatenate(parts, axis=-1)
+    found = {target.label: _labelled(values[n], chosen, anatomy, reading) for n, target in enumerate(targets)}
+    clean_values, corrupted_values = (np.concatenate(runs[name]) for name in ("clean", "corrupted"))
+    return Patching("receiver", found, clean_values, corrupted_values, "clean", reading.metrics[0], notes, forwards)
+
+
+class _Paths:
+    """One pair of batches: what both runs gave, and the runs in between."""
+
+    def __init__(
+        self, model: Any, anatomy: Anatomy, reading: Reading, freeze: bool, mine: Batch, theirs: Batch, options: dict[str, Any]
+    ) -> None:
+        self.model, self.anatomy, self.reading = model, anatomy, reading
+        self.held = Held(model, anatomy) if freeze else None
+        with self.held.recording() if self.held is not None else nullcontext():
+            self.sweep, self.z = _seen(model, anatomy, mine, reading, options)
+        other, self.other_z = _seen(model, anatomy, theirs, reading, options)
+        self.order = list(self.z)
+        self.observed = Observed(mine, self.sweep, None)
+        self.clean = measured(model, reading, self.sweep.clean, self.observed)
+        self.corrupted = measured(model, reading, other.clean, self.observed)
+
+    def existing(self, senders: Sequence[Head], is_all: bool) -> list[Head]:
+        """The senders whose attention ran. Raises NoMatchError for one that was asked for and did not."""
+        missing = [f"{address} head {head}" for address, head in senders if address not in self.z]
+        if missing and not is_all:
+            do = "Choose heads of attentions that these inputs run."
+            raise NoMatchError(describe("senders", ", ".join(missing), f"heads of {', '.join(self.order)}", do))
+        return [sender for sender in senders if sender[0] in self.z]
+
+    def run(self, senders: Sequence[Head], receivers: Sequence[Receiver]) -> Iterator[tuple[Head, Receiver, np.ndarray]]:
+        """The metric (example,) of each sender and receiver. Senders of one attention go together, as many as fit."""
+        for address in dict.fromkeys(address for address, _ in senders):
+            heads = [head for where, head in senders if where == address]
+            later = self.order[self.order.index(address) + 1 :]
+            reached = [[i for i in receiver.inputs if i[0] in later] for receiver in receivers]
+            for first in range(0, len(heads), self.sweep.copies):
+                group = heads[first : first + self.sweep.copies]
+                wanted = {i for inputs in reached for i in inputs}
+                is_direct = any(not receiver.inputs for receiver in receivers)
+                direct, told = self._send(address, group, later, wanted) if wanted or is_direct else ([], {})
+                jobs = [(n, r) for n in range(len(group)) for r, inputs in enumerate(reached) if inputs]
+                specs = [self._receive(reached[r], {i: told[n, i] for i in reached[r]}) for n, r in jobs]
+                values = dict(zip(jobs, self._measure(specs), strict=True))
+                for n, head in enumerate(group):
+                    for r, receiver in enumerate(receivers):
+                        value = values.get((n, r), self.clean) if receiver.inputs else direct[n]
+                        yield (address, head), receiver, value
+
+    def _send(
+        self, address: str, heads: Sequence[int], later: Sequence[str], wanted: set[Input]
+    ) -> tuple[list[np.ndarray], dict[tuple[int, Input], Tensor]]:
+        """Run (2) for some senders: the metric of each, and what each made of the receivers' inputs."""
+        behind = [Edit("z", Kept(self.z[other]), layers=[other]) for other in later]
+        specs = [Spec([self._edit(address, "z", head, self.other_z[address][:, [head]]), *behind]) for head in heads]
+        last: dict[Input, Tensor] = {}
+        probes: dict[str, list[Probe]] = {}
+        for one in sorted(wanted):
+            take = functools.partial(_note, last, one)
+            probes.setdefault(one[0], []).append(Probe(SITES[one[2]], (one[1],), take))
+        direct: list[np.ndarray] = [self.clean] * len(heads)
+        told: dict[tuple[int, Input], Tensor] = {}
+
+        def read(number: int, output: Any) -> None:
+            direct[number] = measured(self.model, self.reading, output, self.observed)
+            for one, tensor in last.items():
+                rows = len(self.z[one[0]])  # a forward has all of these senders, or one
+                told[number, one] = tensor[number * rows :][:rows] if len(tensor) > rows else tensor
+
+        with probed(self.model, probes), self.held.holding() if self.held is not None else nullcontext():
+            self.sweep.run(specs, read)
+        return direct, told
+
+    def _receive(self, inputs: Sequence[Input], values: dict[Input, Tensor]) -> Spec:
+        """Run (3): the receiver's inputs of run (2), all else free."""
+        return Spec([self._edit(address, SITES[what], head, values[address, head, what]) for address, head, what in inputs])
+
+    def _measure(self, specs: Sequence[Spec]) -> list[np.ndarray]:
+        found = [self.clean] * len(specs)
+
+        def read(number: int, output: Any) -> None:
+            found[number] = measured(self.model, self.reading, output, self.observed)
+
+        if specs:
+            self.sweep.run(specs, read)
+        return found
+
+    def _edit(self, address: str, site: str, head: int, value: Tensor) -> Edit:
+        reference = Reference("activation", {(address, site): Entry(value, None, (head,))}, self.anatomy.fingerprint)
+        return Edit(site, "activation", reference=reference, layers=[address], heads=[head])
+
+
+def _seen(
+    model: Any, anatomy: Anatomy, batch: Batch, reading: Reading, options: dict[str, Any]
+) -> tuple[Sweep, dict[str, Tensor]]:
+    """One run, and z (batch, head, query, d_head) of every attention that it came to, in that order."""
+    found: dict[str, Tensor] = {}
+
+    def take(address: str, z: Tensor, where: Any) -> None:
+        if address in found:
+            do = "Path patching needs attentions that a forward comes to once."
+            raise SpecError(describe("path_patching", f"{address}, which one forward runs several times", "one call", do))
+        found[address] = z.detach()
+
+    probes = {a.address: [Probe("z", None, functools.partial(take, a.address))] for a in anatomy}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotFiredWarning)  # which attentions run is what is asked here
+        with probed(model, probes):
+            return Sweep(model, batch, reading.positions, **options), found
+
+
+def _note(last: dict[Input, Tensor], one: Input, tensor: Tensor, where: Any) -> None:
+    last[one] = tensor.detach()
+
+
+def _senders(senders: Any, anatomy: Anatomy) -> list[Head]:
+    """Heads in the order of the model. Raises SpecError, or NoMatchError for heads that there are not."""
+    if isinstance(senders, str) and senders == "all":
+        return [(attention.address, head) for attention in anatomy for head in range(attention.heads)]
+    expected, do = "'all', or (layer or address, head) pairs", "For example [(0, 3), ('self.1', 2)]."
+    given = [senders] if isinstance(senders, tuple) and len(senders) == 2 and isinstance(senders[1], int) else senders
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise SpecError(describe("senders", repr(senders), expected, do))
+    if not all(isinstance(one, Sequence) and not isinstance(one, str) and len(one) == 2 for one in given):
+        raise SpecError(describe("senders", repr(senders), expected, do))
+    found = [_head(address, head, anatomy, "senders") for address, head in given]
+    places = {attention.address: number for number, attention in enumerate(anatomy)}
+    return sorted(dict.fromkeys(found), key=lambda one: (places[one[0]], one[1]))
+
+
+def _receivers(receivers: Any, anatomy: Anatomy) -> list[Receiver]:
+    """Each receiver once, in the order given. Raises SpecError, or NoMatchError for heads that there are not."""
+    given = [receivers] if _is_one(receivers) else receivers
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise _wrong(receivers)
+    return list(dict.fromkeys(_receiver(one, anatomy) for one in given))
+
+
+def _receiver(one: Any, anatomy: Anatomy) -> Receiver:
+    if one == LOGITS:
+        return Receiver(())
+    parts = [one] if _is_one(one) else one
+    if not isinstance(parts, Sequence) or not parts or not all(_is_one(part) and part != LOGITS for part in parts):
+        raise _wrong(one)
+    return Receiver(tuple(dict.fromkeys((*_head(a, head, anatomy, "receivers"), what) for a, head, what in parts)))
+
+
+def _is_one(value: Any) -> bool:
+    """Whether it is "logits" or (layer or address, head, "q" | "k" | "v")."""
+    if isinstance(value, str):
+        return value == LOGITS
+    return isinstance(value, Sequence) and len(value) == 3 and isinstance(value[2], str) and value[2] in SITES
+
+
+def _wrong(found: Any) -> SpecError:
+    expected = "'logits', (layer or address, head, 'q' | 'k' | 'v'), or a list of these"
+    return SpecError(describe("receivers", repr(found), expected, "For example [(1, 3, 'k'), 'logits']."))
+
+
+def _head(address: str | int, head: Any, anatomy: Anatomy, what: str) -> Head:
+    attention = anatomy[address]
+    if not isinstance(head, int) or not 0 <= head < attention.heads:
+        do = "Heads count from 0."
+        raise NoMatchError(describe(what, f"head {head!r} of {attention.address}", f"0 to {attention.heads - 1}", do))
+    return attention.address, head
+
+
+def _labelled(values: np.ndarray, senders: Sequence[Head], anatomy: Anatomy, reading: Reading) -> Labelled:
+    """(sender, example) as (layer, head, example) over the attentions and heads that any sender is of."""
+    layers = [attention.address for attention in anatomy if any(attention.address == address for address, _ in senders)]
+    heads = sorted({head for _, head in senders})
+    spread = np.full((len(layers), len(heads), values.shape[-1]), np.nan)
+    present = np.zeros((len(layers), len(heads), 1), dtype=bool)
+    for number, (address, head) in enumerate(senders):
+        place = layers.index(address), heads.index(head)
+        spread[place] = values[number]
+        present[place] = True
+    axes: dict[str, Sequence[Any]] = {"layer": layers, "head": heads, "example": range(values.shape[-1])}
+    return Labelled(spread, axes, reading.metrics[0].name, reading.metrics[0].unit, present)
