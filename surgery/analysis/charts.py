@@ -35,17 +35,19 @@ def heat_maps(maps: Mapping[str, Labelled], title: str = "", middle: float = 0.0
     first = next(iter(maps.values()))
     axes = tuple(first.axes)
     if len(axes) == 1:
-        return lines(maps, title, middle)
+        return lines(maps, title, middle, "no change")
     if len(axes) not in (2, 3):
         do = "Choose a part by `at`, or take a `mean`."
         raise SpecError(describe("picture", f"an array of {len(axes)} axes", "1, 2 or 3", do))
     drawn = {name: array.values.reshape(-1, array.shape[-1]) for name, array in maps.items()}
     rows, columns = next(iter(drawn.values())).shape
-    across = min(len(maps), PANELS)
+    across = 2 if len(maps) == 4 else min(len(maps), PANELS)
     down = -(-len(maps) // across)
     width = min(max(0.5 * columns, 3.2), 9.0 if across == 1 else 6.0)
     height = min(max((0.42 if rows <= 24 else 0.2) * rows, 2.2), 14.0)
-    figure = Figure(figsize=(width * across + 2.2, (height + 1.0) * down + 0.4), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(max(width * across + 2.2, 6.4), (height + 1.0) * down + 0.4), layout="constrained", facecolor="white"
+    )
     figure.suptitle(title, fontsize=12, fontweight="bold")
     together = np.concatenate([values.ravel() for values in drawn.values()])
     reach = float(np.nanmax(np.abs(together - middle), initial=0.0)) or 1e-6
@@ -69,7 +71,7 @@ def heat_maps(maps: Mapping[str, Labelled], title: str = "", middle: float = 0.0
         if max(rows, columns) <= NUMBERED:
             _write(place, values, middle, reach)
     label = f"{first.name} ({first.unit})" if first.unit else first.name
-    bar = figure.colorbar(image, ax=list(grid.flat[: len(maps)]), label=label, pad=0.02, aspect=24)
+    bar = figure.colorbar(image, ax=list(grid.flat[: len(maps)]), label=label, pad=0.02, aspect=24 if height * down < 8 else 48)
     known = together[np.isfinite(together)]
     bar.ax.set_ylim(min(middle, *known) - 1e-9, max(middle, *known) + 1e-9)
     return figure

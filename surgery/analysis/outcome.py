@@ -103,7 +103,8 @@ class Patching:
         before = self.clean if self.base == "clean" else self.corrupted
         assert before is not None
         unchanged = {"value": float(before.mean()), "effect": 0.0, "recovery": 1.0 if self.base == "clean" else 0.0}
-        return heat_maps(maps, self._heading(), unchanged[view])
+        title = f"{self._heading()}\npatched into the {self.base} run"
+        return heat_maps(maps, title, unchanged[view])
 
     def _title(self, key: str) -> str:
         return f"into {key}" if self.kind == "receiver" else f"at {key}"

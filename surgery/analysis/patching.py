@@ -6,7 +6,7 @@ Vig et al. 2020, Meng et al. 2022; on the two directions and what they show, Hei
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,9 @@ def _patch(
     bar: Any,
 ) -> Labelled:
     """The metric under a patch of each place of one batch, (.., example)."""
+    if seen is not None:  # what these inputs do not run, capture has warned of
+        ran = tuple(a for a in choice.attentions if seen.find(a.address, site) is not None)
+        choice = replace(choice, attentions=ran)
     lengths = {a.address: seen[a.address, site].shape[2] for a in choice.attentions} if seen is not None else {}
     given = seen if choice.to == "corrupted" and seen is not None else choice.to
     axes = _axes(choice, lengths)
@@ -238,7 +241,7 @@ def _joined(parts: Sequence[Labelled]) -> Labelled:
     for other in parts[1:]:
         if {axis: labels for axis, labels in other.axes.items() if axis != "example"} != places:
             do = "Pad all batches to one length, or leave 'position' out of `over`."
-            raise SpecError(describe("activation_patching", "batches of several lengths", "the same positions in all", do))
+            raise SpecError(describe("activation_patching", "batches with other places", "the same places in all", do))
     values = np.concatenate([part.values for part in parts], axis=-1)
     present = np.concatenate([part.present for part in parts], axis=-1)
     return Labelled(values, {**places, "example": range(values.shape[-1])}, first.name, first.unit, present)
