@@ -91,6 +91,20 @@ def test_patching_is_the_plain_loop(name: str, site: str, direction: str) -> Non
     assert fast.notes == [], "the short cut was taken"
 
 
+@pytest.mark.parametrize("name", ["gptj", "bloom", "deepseek_v3", "gpt_oss", "roberta", "whisper"])
+def test_the_short_cut_holds_for_other_classes(name: str) -> None:
+    family = FAMILIES[name]
+    model, clean, corrupted = family.build(), family.inputs(seed=0), family.inputs(seed=1)
+    fast, plain = (
+        activation_patching(model, clean, corrupted, last_logit, ("z", "rot_q", "v"), ("layer", "head"), fast=fast, **QUIET)
+        for fast in (True, False)
+    )
+    for site in plain.keys:
+        np.testing.assert_allclose(fast.examples[site].values, plain.examples[site].values, atol=CLOSE, rtol=CLOSE)
+        assert np.abs(plain.effect(site).values).max() > 1e-6
+    assert fast.notes == []
+
+
 def test_axes_left_out_are_patched_together() -> None:
     model, clean, corrupted = FAMILIES["llama"].build(), inputs_of("llama", 0), inputs_of("llama", 1)
     by_head = loop(model, clean, corrupted, "v", [1], [None])
@@ -250,6 +264,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for arguments, message in (
         ({"corrupted": short}, r"corrupted, batch 0.*\(3, 8\).*\(3, 9\)"),
         ({"corrupted": None}, "corrupted: found None"),
+        ({"sites": ()}, "sites: found none"),
+        ({"sites": "zz"}, "sites: found 'zz'.*Did you mean 'z'"),
         ({"over": ("layer", "heads")}, "Did you mean 'head'"),
         ({"direction": "denoise"}, "Did you mean 'denoising'"),
         ({"to": "zeros"}, "Did you mean 'zero'"),

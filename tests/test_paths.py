@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import FAMILIES, HEADS, KV_HEADS
 from torch import Tensor, nn
 
@@ -174,6 +175,22 @@ def test_a_neighbour_in_the_group_reads_the_clean_keys() -> None:
     assert len({round(effect, 8) for effect in alone}) == 3 and all(abs(effect) > 1e-7 for effect in alone)
 
 
+def test_memory_is_bounded_by_tokens() -> None:
+    """Few tokens at a time are one sender at a time: the same numbers, from forwards of one copy of the batch."""
+    model, (clean, corrupted) = build("llama"), pair("llama")
+    sizes: list[int] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    options = {"receivers": ["logits", (2, 1, "k")], **QUIET}
+    many = path_patching(model, clean, corrupted, last_logit, **options)
+    most = max(sizes)
+    sizes.clear()
+    few = path_patching(model, clean, corrupted, last_logit, tokens=54, **options)
+    handle.remove()
+    assert most == 3 * HEADS and max(sizes) == 6, "54 tokens are two copies of three rows of nine"
+    for key in many.keys:
+        np.testing.assert_allclose(few.examples[key].values, many.examples[key].values, rtol=0, atol=CLOSE)
+
+
 def test_nothing_goes_backwards() -> None:
     """A sender of the receiver's attention or of a later one has no path: the clean value to the last bit, without a run."""
     model, (clean, corrupted) = build("gpt2"), pair("gpt2")
@@ -315,6 +332,15 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises((SpecError, NoMatchError), match=message):
             path_patching(model, clean, **{"corrupted": corrupted, "metric": last_logit, **QUIET, **arguments})
+
+
+def test_attention_that_layers_share_is_refused() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=67, hidden_size=32, embedding_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
+    )
+    model, (clean, corrupted) = transformers.AlbertForMaskedLM(config).eval(), pair("bert")
+    with pytest.raises(SpecError, match="which one forward runs several times"):
+        path_patching(model, clean, corrupted, last_logit, **QUIET)
 
 
 def test_pictures_and_frames(tmp_path: Any) -> None:

@@ -22,6 +22,7 @@ from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of
 from surgery.reference import Reference
+from surgery.sites import SITES
 from surgery.spec import Edit, Spec
 
 OVER = ("layer", "head", "position")
@@ -80,7 +81,7 @@ def activation_patching(
     sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
     over = (over,) if isinstance(over, str) else tuple(over)
     to = to.reference() if callable(getattr(to, "reference", None)) else to
-    _check(over, to, direction, corrupted)
+    _check(sites, over, to, direction, corrupted)
     checked = Edit("z", "identity", layers=layers, heads=heads)  # the same checks as a cut of the same selection
     choice = Choice(
         tuple(axis for axis in OVER if axis in over),
@@ -247,9 +248,11 @@ def _joined(parts: Sequence[Labelled]) -> Labelled:
     return Labelled(values, {**places, "example": range(values.shape[-1])}, first.name, first.unit, present)
 
 
-def _check(over: Sequence[str], to: Any, direction: str, corrupted: Any) -> None:
+def _check(sites: Sequence[str], over: Sequence[str], to: Any, direction: str, corrupted: Any) -> None:
     """Raises SpecError for options that are not there, or do not go together."""
-    for what, found, known in (("over", over, OVER), ("direction", (direction,), DIRECTIONS)):
+    if not sites:
+        raise SpecError(describe("sites", "none", "at least one", f"Choose from {', '.join(SITES)}."))
+    for what, found, known in (("sites", sites, tuple(SITES)), ("over", over, OVER), ("direction", (direction,), DIRECTIONS)):
         if wrong := [word for word in found if word not in known]:
             do = closest(wrong[0], known) or "Choose of these."
             raise SpecError(describe(what, repr(wrong[0]), ", ".join(map(repr, known)), do))
