@@ -1,0 +1,306 @@
+"""What a spec does to a model's output: how far logits move, in nats, in answers that change, and at which positions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from surgery.analysis.batches import Batch, batches, rows_of
+from surgery.analysis.forwards import forward, kernel_of
+from surgery.analysis.metrics import Measured, _losses, _predicts_the_next, _present
+from surgery.errors import SpecError, describe
+from surgery.evaluation import evaluating
+from surgery.patch import as_spec, patched
+from surgery.spec import Spec
+
+MEASURES = {
+    "largest": "largest absolute change",
+    "mean": "mean absolute change",
+    "kl": "KL(uncut || cut)",
+    "agreement": "top-1 agreement",
+    "loss": "loss change",
+}
+"""What is measured, in words; of an output without a distribution over tokens or classes the first two."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What `verify_effect` found. `print` shows a table; the data:
+
+    arrays: measure to (example, position) in float64. "largest" and "mean": of |cut - uncut| over the entries at a position;
+      "kl": KL(uncut || cut) in nats; "agreement": 1 where the same token has the largest logit, else 0; "loss": nats, cut -
+      uncut, at the position whose logits predict the token, with "loss_before" and "loss_after". NaN at padding, where no
+      token is predicted, and behind the end of a shorter batch; infinite where a cut makes NaN of a number. One position where
+      the output has none (a class for each example).
+    output: the name of what was compared: "logits", or the model's main output if it gives none (then without kl, agreement
+      and loss). positions: whether the second axis of the arrays counts positions. notes: what was left out, and why.
+    """
+
+    spec: Spec
+    output: str
+    arrays: dict[str, np.ndarray]
+    positions: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute change of any entry."""
+        return float(np.nanmax(self.arrays["largest"]))
+
+    @property
+    def mean(self) -> float:
+        """The mean absolute change."""
+        return self._mean("mean")
+
+    @property
+    def kl(self) -> float:
+        """Nats; NaN where the output is no distribution."""
+        return self._mean("kl")
+
+    @property
+    def agreement(self) -> float:
+        """The share of positions where the largest logit is still that of the same token, from 0 to 1."""
+        return self._mean("agreement")
+
+    @property
+    def loss_change(self) -> float:
+        """Nats per token, positive where the cut does harm; NaN where no loss is defined."""
+        return self._mean("loss")
+
+    def totals(self) -> dict[str, float]:
+        """The measures over everything: a maximum for "largest", else the mean over examples of each example's mean."""
+        return {name: self.largest if name == "largest" else self._mean(name) for name in MEASURES if name in self.arrays}
+
+    def by_example(self) -> pd.DataFrame:
+        """A row for each example: its largest change, and its means over positions."""
+        return self._frame(1, "example")
+
+    def by_position(self) -> pd.DataFrame:
+        """A row for each position, over the examples that have one there; counted in "examples"."""
+        frame = self._frame(0, "position")
+        frame.insert(1, "examples", (~np.isnan(self.arrays["largest"])).sum(0))
+        return frame[frame.examples > 0].reset_index(drop=True)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each example and position that is no padding."""
+        present = np.argwhere(~np.isnan(self.arrays["largest"]))
+        columns = {name: values[tuple(present.T)] for name, values in self.arrays.items()}
+        return pd.DataFrame({"example": present[:, 0], "position": present[:, 1], **columns})
+
+    def table(self) -> Table:
+        """The totals as a rich table, beside the example where each is worst."""
+        title = f"{len(self.arrays['largest'])} examples"
+        table = Table(f"of {self.output}", "all", "worst example", "unit", title=title, title_justify="left")
+        frame = self.by_example()
+        for name, value in self.totals().items():
+            worst = frame[name].min() if name == "agreement" else frame[name].max()
+            table.add_row(MEASURES[name], f"{value:.4g}", f"{worst:.4g}", self._unit(name))
+        return table
+
+    def figure(self) -> Figure:
+        """Each measure by position: the mean over examples, and the range that they lie in.
+
+        Raises SpecError for an output without positions.
+        """
+        if not self.positions:
+            do = "Print the effect, or look at by_example()."
+            raise SpecError(describe("figure", f"an output ({self.output}) without positions", "one that has them", do))
+        names = [name for name in MEASURES if name in self.arrays and not np.isnan(self.arrays[name]).all()]
+        figure = Figure(figsize=(8.0, 0.6 + 1.5 * len(names)), layout="constrained", facecolor="white")
+        panels: Any = figure.subplots(len(names), 1, sharex=True, squeeze=False)
+        for axes, name in zip(panels[:, 0], names, strict=True):
+            values = self.arrays[name]
+            kept = np.flatnonzero(~np.isnan(values).all(0))
+            low, middle, high = (f(values[:, kept], axis=0) for f in (np.nanmin, np.nanmean, np.nanmax))
+            if len(values) > 1 and name != "agreement":  # an example agrees or not
+                axes.fill_between(kept, low, high, color="#b9dcee", linewidth=0, label="range of examples")
+            axes.plot(kept, middle, color="#0b3c5d", linewidth=1.4, marker="o", markersize=3, label="mean of examples")
+            axes.axhline(1.0 if name == "agreement" else 0.0, color="#999999", linewidth=0.8)
+            axes.set_title(MEASURES[name], fontsize=10, loc="left")
+            axes.set_ylabel(self._unit(name).replace(" of positions", "").replace(" per token", ""))
+            axes.margins(x=0.01)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.align_ylabels()
+        panels[-1, 0].set_xlabel("position (tokens, from 0)")
+        if len(self.arrays["largest"]) > 1:
+            panels[0, 0].legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.3), ncols=2)
+        return figure
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None)
+        console.print(f"{self.spec}" if len(self.spec) else "no cuts", markup=False)
+        console.print(self.table())
+        for note in self.notes:
+            console.print(note, markup=False)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        totals = pd.DataFrame([(MEASURES[n], v, self._unit(n)) for n, v in self.totals().items()], columns=["", "all", "unit"])
+        return totals.to_html(index=False, float_format="{:.4g}".format) + self.by_position().to_html(index=False, max_rows=12)
+
+    def _mean(self, name: str) -> float:
+        if name not in self.arrays:
+            return float("nan")
+        return float(_nanmean(_nanmean(self.arrays[name], 1), 0))
+
+    def _frame(self, axis: int, label: str) -> pd.DataFrame:
+        columns = {name: (_nanmax if name == "largest" else _nanmean)(values, axis) for name, values in self.arrays.items()}
+        return pd.DataFrame({label: np.arange(len(columns["largest"])), **columns})
+
+    def _unit(self, name: str) -> str:
+        own = "logits" if self.output == "logits" else "as the output"
+        units = {"kl": "nats", "agreement": "share of positions" if self.positions else "share of examples"}
+        return {**units, "loss": "nats per token" if self.positions else "nats"}.get(name, own)
+
+
+def verify_effect(model: Any, spec: Any, inputs: Any) -> Effect:
+    """Runs the model with the spec's cuts and no others beside the model without cuts, and measures what changes.
+
+    model: patched or not; it is left as it was. It runs in evaluation mode, in the kernel that it was patched with, without a
+    KV cache and with the same random numbers twice. spec: a Spec, one or several cuts. inputs: see
+    `surgery.analysis.batches.batches`; each row is an example. Padding (attention_mask 0) is left out.
+    A loss is that of `surgery.analysis.metrics.loss`: of labels among the inputs, or of the next token in a causal model.
+    Raises what `patch_model` raises, and SpecError for a model that gives no numbers to compare.
+    """
+    spec, kernel, found = as_spec(spec), kernel_of(model), []
+    with torch.no_grad(), evaluating(model), patched(model, Spec(), kernel=kernel, strict=False):
+        for batch in batches(model, inputs):
+            before = forward(model, batch)
+            with patched(model, spec, kernel=kernel, strict=False):
+                after = forward(model, batch)
+            found.append(_compared(model, batch, before, after))
+    names = {one.output for one in found}
+    if len(names) > 1:
+        do = "Call verify_effect for each kind of inputs."
+        raise SpecError(describe("verify_effect", f"batches that give {', '.join(sorted(names))}", "one kind of output", do))
+    length = max(one.arrays["largest"].shape[1] for one in found)
+    kept = [name for name in found[0].arrays if all(name in one.arrays for one in found)]
+    arrays = {name: np.concatenate([_widened(one.arrays[name], length) for one in found]) for name in kept}
+    notes = tuple(dict.fromkeys(note for one in found for note in one.notes))
+    return Effect(spec, found[0].output, arrays, found[0].positions, notes)
+
+
+@dataclass
+class _Batch:
+    """The measures of one batch, as in Effect."""
+
+    output: str
+    positions: bool
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _compared(model: Any, batch: Batch, before: Any, after: Any) -> _Batch:
+    """The measures of two outputs for the same batch, row by row: a vocabulary in float64 fills memory quickly."""
+    name, one, other = _main(before, after)
+    rows = rows_of(batch)
+    is_by_example = len(one) == rows
+    is_distribution = name == "logits" and is_by_example and one.dim() in (2, 3)
+    positions = is_by_example and one.dim() == 3
+    found = _Batch(name, positions)
+    if name != "logits":
+        found.notes.append(f"The model gives no logits; its {name} is compared, without KL, agreement and loss.")
+    elif not is_distribution:
+        found.notes.append(f"Logits of shape {tuple(one.shape)} are no distributions over tokens; only changes are measured.")
+    if not is_by_example:
+        found.notes.append(f"The {name} has {len(one)} rows for {rows} examples; each batch counts as one example.")
+        one, other = one[None], other[None]
+    if not positions:
+        one, other = (t[:, None] if is_distribution else t.flatten(1)[:, None] for t in (one, other))
+    present = _present(Measured(model, batch, after, None, None), one) if positions else _everywhere(one)
+    parts = [_row(*pair, is_distribution) for pair in zip(one, other, strict=True)]
+    for measure in parts[0]:
+        values = torch.stack([part[measure] for part in parts]).cpu()
+        found.arrays[measure] = torch.where(present.cpu(), values, torch.nan).numpy()
+    if is_distribution:
+        _add_loss(found, model, batch, before, after)
+    return found
+
+
+def _main(before: Any, after: Any) -> tuple[str, Tensor, Tensor]:
+    """The name of what is compared, and both tensors: the logits, or the first numbers that the model gives beside a loss."""
+    pairs = _named(before)
+    names = [name for name, value in pairs.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim()]
+    if not names:
+        expected, do = "logits, or another tensor of numbers", "Pass a model whose forward gives one."
+        raise SpecError(describe("verify_effect", f"an output ({type(before).__name__}) without one", expected, do))
+    name = "logits" if "logits" in names else names[0]
+    one, other = pairs[name], _named(after)[name]
+    if one.shape != other.shape:
+        found = f"{name} of shape {tuple(other.shape)} with the cuts"
+        do = "Compare outputs whose size does not depend on them (no generation, no dropping of tokens)."
+        raise SpecError(describe("verify_effect", found, f"{tuple(one.shape)}, as without", do))
+    return name, one, other
+
+
+def _named(output: Any) -> dict[str, Any]:
+    if isinstance(output, Tensor):
+        return {"output": output}
+    return dict(output) if isinstance(output, Mapping) else {f"output {i}": value for i, value in enumerate(output)}
+
+
+def _row(before: Tensor, after: Tensor, is_distribution: bool) -> dict[str, Tensor]:
+    """The measures of one example (position, entry), each (position,)."""
+    before, after = before.double(), after.double()
+    change = _without_nan((after - before).abs(), before, after)
+    found = {"largest": change.amax(-1), "mean": change.mean(-1)}
+    if is_distribution:
+        log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+        terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+        found |= {"kl": _without_nan(terms, log_p, log_q).sum(-1)}
+        found |= {"agreement": (before.argmax(-1) == after.argmax(-1)).double()}
+    return found
+
+
+def _without_nan(change: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """A change from NaN or infinity to the same is none; to another number it is infinite. NaN is what padding has."""
+    is_same = (before == after) | (before.isnan() & after.isnan())
+    return torch.where(is_same, 0.0, torch.where(change.isnan(), torch.inf, change))
+
+
+def _add_loss(found: _Batch, model: Any, batch: Batch, before: Any, after: Any) -> None:
+    labels = batch.get("labels")
+    if labels is None and _predicts_the_next(model) and found.positions:
+        labels = batch.get("input_ids")
+    classes = before.logits.shape[:-1]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != classes:
+        found.notes.append("No loss: there are no labels of tokens or classes among the inputs.")
+        return
+    shape = found.arrays["largest"].shape
+    pair = [_losses(Measured(model, batch, output, output.logits, None), None) for output in (before, after)]
+    (one, counted), (other, _) = pair
+    for name, losses in (("loss_before", one), ("loss_after", other), ("loss", _without_nan(other - one, one, other))):
+        found.arrays[name] = np.full(shape, np.nan)
+        found.arrays[name][:, : losses.shape[1]] = torch.where(counted, losses, torch.nan).cpu().numpy()
+
+
+def _everywhere(like: Tensor) -> Tensor:
+    return torch.ones(like.shape[:2], dtype=torch.bool)
+
+
+def _widened(values: np.ndarray, length: int) -> np.ndarray:
+    """NaN behind the end of a batch that is shorter than another."""
+    return np.pad(values, ((0, 0), (0, length - values.shape[1])), constant_values=np.nan)
+
+
+def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
+    """NaN, without a warning, where there is nothing."""
+    count = (~np.isnan(values)).sum(axis)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis) / np.where(count, count, np.nan)
+
+
+def _nanmax(values: np.ndarray, axis: int) -> np.ndarray:
+    return np.where(np.isnan(values).all(axis), np.nan, np.where(np.isnan(values), -np.inf, values).max(axis))
