@@ -1,4 +1,4 @@
-"""Effects of cuts on outputs, against loops that a student would write; gradients, and promises that are broken on purpose."""
+"""Effects of cuts on outputs, against loops that a student would write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -16,7 +17,6 @@ from surgery import Edit, Freeze, Spec, SpecError, patch_model, patched, unpatch
 from surgery.analysis import metrics
 from surgery.analysis.effects import MEASURES, Effect, verify_effect
 from surgery.patch import session_of
-from tests.families import FAMILIES
 
 CUT = Freeze("qk", layers=[0], heads=[1, 2])
 
