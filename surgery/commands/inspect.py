@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from surgery.commands.shared import Debug, Json, Model, Trust, messages, say, working, write_json
 
+Full = Annotated[
+    bool, typer.Option("--full", help="Also what each attention allows: sites, kernels, weights, baking, KV cache.")
+]
 
-def inspect(model: Model, trust_remote_code: Trust = False, as_json: Json = False, debug: Debug = False) -> None:
+
+def inspect(
+    model: Model, full: Full = False, trust_remote_code: Trust = False, as_json: Json = False, debug: Debug = False
+) -> None:
     """Show a model's attention modules: addresses, heads, projections and how they are fused, kernel.
 
     Its weights are not read. Of an exported folder also the cuts.
     """
     with messages(debug):
+        from surgery.analysis.compatibility import compatibility
         from surgery.inspection import inspect_model
         from surgery.pretrained import skeleton
 
         with working(f"Deriving the attention of {model}"):
-            found = inspect_model(skeleton(model, trust_remote_code=trust_remote_code))
+            bones = skeleton(model, trust_remote_code=trust_remote_code)
+            found, allowed = inspect_model(bones), compatibility(bones) if full else None
         cuts, baked = _surgery(Path(model))
         if as_json:
             data: dict[str, Any] = {"model": found.model_class, "attention": found.as_dicts()}
             data["unsupported"] = list(found.unsupported)
+            if allowed is not None:
+                data["allowed"] = allowed.as_dicts()
             write_json({**data, "cuts": cuts, "baked": baked})
             return
         Console().print(found.table())
         for line in found.unsupported:
             say(f"cannot be patched: {line}")
+        if allowed is not None:
+            Console().print(allowed.table())
+            more = [line for line in allowed.unsupported if line not in found.unsupported]
+            for line in (*allowed.reasons(), *(f"cannot be patched: {reason}" for reason in more)):
+                say(line)
         for line in cuts:
             say(f"cut by load_checkpoint: {line}")
         for line in baked:
