@@ -125,10 +125,15 @@ def test_a_model_without_logits_says_what_is_compared() -> None:
     model = family.build().model
     effect = verify_effect(model, CUT, family.inputs())
     assert effect.output == "last_hidden_state" and set(effect.arrays) == {"largest", "mean"}
-    assert "no logits" in str(effect) and np.isnan(effect.kl) and effect.largest > 0.01
+    assert "Not logits, but last_hidden_state" in str(effect) and np.isnan(effect.kl) and effect.largest > 0.01
     assert np.isnan(effect.arrays["largest"][0, :3]).all(), "padding"
     pooled = BertModel(BertConfig(vocab_size=67, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)).eval()
     assert verify_effect(pooled, CUT, family.inputs()).output == "last_hidden_state"
+    effect = verify_effect(pooled, CUT, family.inputs(), "pooler_output")
+    assert effect.output == "pooler_output" and not effect.positions and effect.arrays["mean"].shape == (2, 1)
+    assert effect.mean > 0
+    with pytest.raises(SpecError, match="Did you mean 'pooler_output'"):
+        verify_effect(pooled, CUT, family.inputs(), "pooled_output")
 
 
 def test_what_a_cut_makes_of_numbers_is_not_taken_for_padding() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.forwards import forward, kernel_of
 from surgery.analysis.metrics import Measured, _losses, _predicts_the_next, _present
-from surgery.errors import SpecError, describe
+from surgery.errors import SpecError, closest, describe
 from surgery.evaluation import evaluating
 from surgery.patch import as_spec, patched
 from surgery.spec import Spec
@@ -128,9 +128,9 @@ class Effect:
             axes.axhline(1.0 if name == "agreement" else 0.0, color="#999999", linewidth=0.8)
             axes.set_title(MEASURES[name], fontsize=10, loc="left")
             axes.set_ylabel(self._unit(name).replace(" of positions", "").replace(" per token", ""))
+            axes.yaxis.set_label_coords(-0.065, 0.5)  # below each other
             axes.margins(x=0.01)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.align_ylabels()
         panels[-1, 0].set_xlabel("position (tokens, from 0)")
         if len(self.arrays["largest"]) > 1:
             panels[0, 0].legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.3), ncols=2)
@@ -165,12 +165,13 @@ class Effect:
         return {**units, "loss": "nats per token" if self.positions else "nats"}.get(name, own)
 
 
-def verify_effect(model: Any, spec: Any, inputs: Any) -> Effect:
+def verify_effect(model: Any, spec: Any, inputs: Any, output: str | None = None) -> Effect:
     """Runs the model with the spec's cuts and no others beside the model without cuts, and measures what changes.
 
     model: patched or not; it is left as it was. It runs in evaluation mode, in the kernel that it was patched with, without a
     KV cache and with the same random numbers twice. spec: a Spec, one or several cuts. inputs: see
-    `surgery.analysis.batches.batches`; each row is an example. Padding (attention_mask 0) is left out.
+    `surgery.analysis.batches.batches`; each row is an example. Padding (attention_mask 0) is left out. output: the name of what
+    to compare; by default the logits, or what the model gives first if it gives none.
     A loss is that of `surgery.analysis.metrics.loss`: of labels among the inputs, or of the next token in a causal model.
     Raises what `patch_model` raises, and SpecError for a model that gives no numbers to compare.
     """
@@ -180,7 +181,7 @@ def verify_effect(model: Any, spec: Any, inputs: Any) -> Effect:
             before = forward(model, batch)
             with patched(model, spec, kernel=kernel, strict=False):
                 after = forward(model, batch)
-            found.append(_compared(model, batch, before, after))
+            found.append(_compared(model, batch, before, after, output))
     names = {one.output for one in found}
     if len(names) > 1:
         do = "Call verify_effect for each kind of inputs."
@@ -202,16 +203,16 @@ class _Batch:
     notes: list[str] = field(default_factory=list)
 
 
-def _compared(model: Any, batch: Batch, before: Any, after: Any) -> _Batch:
+def _compared(model: Any, batch: Batch, before: Any, after: Any, wanted: str | None) -> _Batch:
     """The measures of two outputs for the same batch, row by row: a vocabulary in float64 fills memory quickly."""
-    name, one, other = _main(before, after)
+    name, one, other = _main(before, after, wanted)
     rows = rows_of(batch)
     is_by_example = len(one) == rows
     is_distribution = name == "logits" and is_by_example and one.dim() in (2, 3)
     positions = is_by_example and one.dim() == 3
     found = _Batch(name, positions)
     if name != "logits":
-        found.notes.append(f"The model gives no logits; its {name} is compared, without KL, agreement and loss.")
+        found.notes.append(f"Not logits, but {name} is compared, without KL, agreement and loss.")
     elif not is_distribution:
         found.notes.append(f"Logits of shape {tuple(one.shape)} are no distributions over tokens; only changes are measured.")
     if not is_by_example:
@@ -229,14 +230,18 @@ def _compared(model: Any, batch: Batch, before: Any, after: Any) -> _Batch:
     return found
 
 
-def _main(before: Any, after: Any) -> tuple[str, Tensor, Tensor]:
+def _main(before: Any, after: Any, wanted: str | None = None) -> tuple[str, Tensor, Tensor]:
     """The name of what is compared, and both tensors: the logits, or the first numbers that the model gives beside a loss."""
     pairs = _named(before)
     names = [name for name, value in pairs.items() if isinstance(value, Tensor) and value.is_floating_point() and value.dim()]
     if not names:
         expected, do = "logits, or another tensor of numbers", "Pass a model whose forward gives one."
         raise SpecError(describe("verify_effect", f"an output ({type(before).__name__}) without one", expected, do))
-    name = "logits" if "logits" in names else names[0]
+    if wanted is not None and wanted not in names:
+        raise SpecError(
+            describe("output", repr(wanted), f"one of {', '.join(names)}", closest(wanted, names) or "Choose of these.")
+        )
+    name = wanted or ("logits" if "logits" in names else names[0])
     one, other = pairs[name], _named(after)[name]
     if one.shape != other.shape:
         found = f"{name} of shape {tuple(other.shape)} with the cuts"
