@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import random
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +27,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def uncached(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a forward that keeps no KV cache, unless they say otherwise."""
+    takes = "use_cache" in inspect.signature(module.forward).parameters
+    return {**({"use_cache": False} if takes else {}), **inputs}
 
 
 @contextmanager

@@ -103,6 +103,11 @@ def composition_scores(model: nn.Module, sender_layer: str | int, receiver_layer
     wrote, read = sender.ov_circuit(), receiver.ov_circuit() if kind == "v" else receiver.qk_circuit()
     read = read.T if kind == "k" else read
     _check_streams(sender, receiver, kind, wrote.shape[-1], read.shape[-2])
+    return composed(wrote, read)
+
+
+def composed(wrote: FactoredMatrix, read: FactoredMatrix) -> Tensor:
+    """(sender_head, receiver_head): |W C|_F / (|W|_F |C|_F) of circuits (head, ...), as `composition_scores` has it."""
     outer = gram(wrote.A)
     inner = gram(read.B.mT).to(outer)
     rows = []
@@ -114,14 +119,25 @@ def composition_scores(model: nn.Module, sender_layer: str | int, receiver_layer
     return torch.stack(rows).to(norm) / (norm[:, None] * read.norm().to(norm))
 
 
-def _check_order(anatomy: Anatomy, sender: HeadWeights, receiver: HeadWeights, kind: Composition) -> None:
-    """Raises SpecError unless the receiver's q, k or v reads the stream that the sender has written to."""
+def sends_to(anatomy: Anatomy, sender: HeadWeights, receiver: HeadWeights, kind: Composition) -> bool:
+    """Whether the receiver's q, k or v reads the stream that the sender has written to."""
     from_source = receiver.attention.kind == "cross" and kind != "q"
     stacks = [weights.address.rpartition(".")[0].rpartition(".")[0] for weights in (sender, receiver)]
     places = [
         (int(weights.address.rpartition(".")[2]), anatomy.attentions.index(weights.attention)) for weights in (sender, receiver)
     ]
-    if (stacks[0] == stacks[1]) is from_source or (not from_source and places[0] >= places[1]):
+    return (stacks[0] == stacks[1]) is not from_source and (from_source or places[0] < places[1])
+
+
+def latents(weights: HeadWeights, sites: str) -> dict[str, str]:
+    """What the circuits of these sites read in place of the residual stream, by site; empty if they read that."""
+    found = {site: weights.input_of[site] for site in sites}
+    return {site: source for site, source in found.items() if source not in (STATES, SOURCE_STATES)}
+
+
+def _check_order(anatomy: Anatomy, sender: HeadWeights, receiver: HeadWeights, kind: Composition) -> None:
+    """Raises SpecError unless `sends_to`."""
+    if not sends_to(anatomy, sender, receiver, kind):
         raise SpecError(
             describe(
                 "composition_scores",
@@ -135,17 +151,15 @@ def _check_order(anatomy: Anatomy, sender: HeadWeights, receiver: HeadWeights, k
 def _check_streams(sender: HeadWeights, receiver: HeadWeights, kind: Composition, written: int, read: int) -> None:
     """Raises unless both circuits begin and end in the residual stream."""
     for weights, sites in ((sender, "v"), (receiver, "v" if kind == "v" else "qk")):
-        for site in sites:
-            source = weights.input_of[site]
-            if source not in (STATES, SOURCE_STATES):
-                raise UnsupportedArchitectureError(
-                    describe(
-                        f"composition_scores: W_{site.upper()} of {weights.address}",
-                        f"that it reads {source}",
-                        "the residual stream",
-                        "Compose the circuits with what lies between by hand: a @ between @ b.",
-                    )
+        for site, source in latents(weights, sites).items():
+            raise UnsupportedArchitectureError(
+                describe(
+                    f"composition_scores: W_{site.upper()} of {weights.address}",
+                    f"that it reads {source}",
+                    "the residual stream",
+                    "Compose the circuits with what lies between by hand: a @ between @ b.",
                 )
+            )
     if written != read:
         raise SpecError(
             describe(

@@ -19,13 +19,14 @@ from families import FAMILIES, HEADS, LAYERS
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from surgery.demo.data import Copies, induction_sources, repeated_sequences, scored_positions
+from surgery.analysis.repeats import Copies
+from surgery.demo.data import induction_sources, repeated_sequences, scored_positions
 from surgery.demo.report import lines
 from surgery.demo.study import Study, least_cost, name_head, study
 from surgery.demo.subject import Subject, load, load_model
 from surgery.demo.train import Recipe, evaluate
 from surgery.errors import SurgeryError
-from surgery.plots import _number
+from surgery.plots.style import number
 
 PACKAGED = Path(str(files("surgery.demo"))) / "model"
 TRAINING = json.loads((PACKAGED / "training.json").read_text(encoding="utf-8"))
@@ -222,9 +223,9 @@ def test_a_bos_beyond_the_vocabulary_is_none() -> None:
 
 
 def test_numbers_in_cells_have_the_digits_that_the_largest_needs() -> None:
-    assert [_number(v, 7.0) for v in (6.938, 0.004, -0.5)] == ["+6.94", "0", "−0.50"]
-    assert [_number(v, 0.015) for v in (0.0151, -0.0004, 0.0)] == ["+0.015", "0", "0"]
-    assert [_number(v, 0.0) for v in (0.0,)] == ["0"]
+    assert [number(v, 7.0) for v in (6.938, 0.004, -0.5)] == ["+6.94", "0", "−0.50"]
+    assert [number(v, 0.015) for v in (0.0151, -0.0004, 0.0)] == ["+0.015", "0", "0"]
+    assert [number(v, 0.0) for v in (0.0,)] == ["0"]
 
 
 def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:

@@ -39,10 +39,12 @@ ORDER = [
     "surgery.export.forward", "surgery.export.sizes", "surgery.export.onnx_file", "surgery.export.program",   # programs
     "surgery.public", "surgery",                                                                          # the names
     "patches",
-    "surgery.analysis", "surgery.analysis.batches", "surgery.analysis.metrics", "surgery.analysis.reading",
-    "surgery.analysis.replay", "surgery.analysis.sweep", "surgery.analysis.statistics", "surgery.analysis.journal",
-    "surgery.analysis.ablation",                                                                          # findings
-    "surgery.plots", "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
+    "surgery.plots.style", "surgery.plots.tokens", "surgery.plots.maps", "surgery.plots.patterns", "surgery.plots.curves",
+    "surgery.plots",                                                                                      # pictures
+    "surgery.analysis", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
+    "surgery.analysis.reading", "surgery.analysis.replay", "surgery.analysis.statistics", "surgery.analysis.sweep",
+    "surgery.analysis.ablation", "surgery.analysis.repeats", "surgery.analysis.looking", "surgery.analysis.detectors",
+    "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",
     "surgery.commands", "surgery.commands.shared", "surgery.commands.demo", "surgery.commands.inspect",
     "surgery.commands.patch", "surgery.commands.verify", "surgery.commands.generate", "surgery.commands.families",

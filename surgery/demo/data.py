@@ -14,10 +14,10 @@ the position whose previous token is the current one, and copies what it finds t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from surgery.analysis.repeats import distinct
 
 BOS_TOKEN_ID = 0
 
@@ -71,8 +71,7 @@ def mixed_sequences(
         raise ValueError(f"bos must be an id below vocab ({vocab}), got {bos}")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     lengths = torch.randint(min_segment, max_segment + 1, (batch,), generator=generator)
-    # Ranking random numbers gives one permutation per row; its head is a draw without replacement.
-    segments = torch.rand(batch, vocab - 1, generator=generator).argsort(dim=1)[:, :max_segment]
+    segments = distinct(batch, max_segment, vocab - 1, generator)
     segments = segments + (segments >= bos).long()  # skip the BOS id
     offsets = torch.arange(2 * max_segment)
     copies = segments.gather(1, offsets % lengths[:, None])
@@ -110,56 +109,3 @@ def induction_sources(segment: int) -> Tensor:
         int64 of shape (segment - 1,): the positions 2 ... segment, that is t - segment + 1.
     """
     return scored_positions(segment) - segment + 1
-
-
-@dataclass(frozen=True, eq=False)
-class Copies:
-    """Sequences of any tokens that say everything twice, or more often where a segment is shorter than another's.
-
-    ids: (sequence, start + 2 * longest segment); lengths: (sequence,), tokens in one copy; start: tokens before the first
-    copy, 1 (BOS) or 0.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    start: int
-
-    @classmethod
-    def of(cls, segments: Tensor, bos: int | None, lengths: Tensor | None = None) -> Copies:
-        """Repeats the first `lengths` (sequence,) tokens of segments (sequence, longest), behind BOS unless it is None."""
-        rows, longest = segments.shape
-        lengths = torch.full((rows,), longest) if lengths is None else lengths
-        copies = segments.gather(1, torch.arange(2 * longest) % lengths[:, None])
-        before = [] if bos is None else [torch.full((rows, 1), bos)]
-        return cls(torch.cat([*before, copies], dim=1), lengths, len(before))
-
-    @property
-    def scored(self) -> Tensor:
-        """Where the first copy determines the next token of the second, (sequence, position) bool; see `scored_positions`."""
-        copied = torch.arange(self.ids.shape[1]) - self.start - self.lengths[:, None]  # position within the second copy
-        return (copied >= 0) & (copied < self.lengths[:, None] - 1)
-
-    def repeated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(sequence, query, key) of every scored query and the key behind its token's first occurrence: induction."""
-        rows, queries = self.scored.nonzero(as_tuple=True)
-        return rows, queries, queries - self.lengths[rows] + 1
-
-    def previous(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(sequence, query, key) of every query and the key before it."""
-        rows, keys = torch.ones_like(self.ids[:, 1:]).nonzero(as_tuple=True)
-        return rows, keys + 1, keys
-
-    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """What the model takes."""
-        ids = self.ids.to(device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def rows(self, number: int) -> Copies:
-        """The first so many sequences."""
-        return Copies(self.ids[:number], self.lengths[:number], self.start)
-
-    def shortened(self, length: int) -> Copies:
-        """The first sequence alone, with at most so many tokens in a copy."""
-        length = min(length, int(self.lengths[0]))
-        first = self.ids[:1, self.start : self.start + length]
-        return Copies(torch.cat([self.ids[:1, : self.start], first, first], dim=1), torch.tensor([length]), self.start)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from surgery.analysis.looking import Pairs, Target, looks
+from surgery.analysis.repeats import Copies
 from surgery.anatomy import Attention
 from surgery.captures import capture
 from surgery.collect import collect_reference
-from surgery.demo.data import Copies
 from surgery.patch import Kernel, anatomy_of, patched
 from surgery.spec import Freeze
 
@@ -164,9 +165,10 @@ def study(
             with patched(model, cut, kernel=kernel):
                 costs[circuit][row, head] = _loss(model, copies, inputs) - baseline
         few, jobs = copies.rows(SCORED_ROWS), []
-        for job, pairs in {"previous-token": few.previous(), "induction": few.repeated()}.items():
-            scores = _scores(model, few, attentions, pairs, np.full(shape, np.nan))
-            chance = float((1 / (pairs[1] + 1)).mean())
+        pairs = {"previous-token": few.previous(), "induction": few.repeated()}
+        all_scores = _scores(model, few.inputs(device), attentions, pairs, shape)
+        for (job, (_, queries, _)), scores in zip(pairs.items(), all_scores, strict=True):
+            chance = float((1 / (queries + 1)).mean())
             found = name_head(np.fmax(costs["qk"], costs["ov"]), scores, chance)
             # Of a shared module, the pattern in the first layer that runs it.
             pattern = None if found is None else _patterns(model, shown, attentions[found[0]], [found[1]])[0][0, 0]
@@ -216,16 +218,17 @@ def _loss(model: nn.Module, copies: Copies, inputs: Mapping[str, Tensor]) -> flo
 
 def _scores(
     model: nn.Module,
-    copies: Copies,
+    inputs: Mapping[str, Tensor],
     attentions: Sequence[Attention],
-    pairs: tuple[Tensor, Tensor, Tensor],
-    scores: np.ndarray,
+    pairs: Mapping[str, Pairs],
+    shape: tuple[int, int],
 ) -> np.ndarray:
-    """Fills scores (layer, head) with the mean attention from each query to its key; of a shared module, over its layers."""
-    rows, queries, keys = pairs
+    """(job, layer, head): the mean attention from each query to its key; of a shared module, over its layers."""
+    targets = [Target(name, inputs["input_ids"].shape[1], *own) for name, own in pairs.items()]
+    found = looks(model, inputs, {a.address: targets for a in attentions}, attentions, chance=False)
+    scores = np.full((len(targets), *shape), np.nan)
     for row, attention in enumerate(attentions):
-        steps = [pattern[rows, :, queries, keys].mean(0) for pattern in _patterns(model, copies, attention, "all")]
-        scores[row, : attention.heads] = torch.stack(steps).mean(0).numpy()
+        scores[:, row, : attention.heads] = found.scores[attention.address]
     return scores
 
 

@@ -15,13 +15,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from surgery.demo.data import Copies, repeated_sequences
+from surgery.analysis.repeats import LEAST_SEGMENT, Copies, bos_of, fitting_segment, usable_tokens
+from surgery.demo.data import repeated_sequences
 from surgery.errors import SurgeryError, describe
 from surgery.pretrained import existing, require_weights, tokenizer_of, unreadable
-
-SEGMENT = 24
-"""Tokens in one copy, unless told otherwise: the packaged model was trained on 8 to 30."""
-LEAST_SEGMENT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +33,7 @@ class Subject:
     @property
     def bos(self) -> int | None:
         """The token that a sequence begins with, or None."""
-        known = self.config if self.tokenizer is None else self.tokenizer
-        found = known.bos_token_id
-        found = found[0] if isinstance(found, list) else found
-        # A small model often keeps its family's default, which lies beyond its own vocabulary.
-        return found if found is not None and found < self._vocabulary else None
-
-    @property
-    def config(self) -> Any:
-        """The configuration of the text model."""
-        model: Any = self.model
-        return model.config.get_text_config()
+        return bos_of(self.model, self.tokenizer)
 
     def copies(
         self, batch: int, segment: int | None = None, seed: int = 0, text: str | None = None, varied: bool = False
@@ -59,7 +46,7 @@ class Subject:
         Raises SurgeryError for what the model or the text is too short for.
         """
         if text is None:
-            tokens = self._usable()
+            tokens = usable_tokens(self.model, self.tokenizer)
             segment = self._fitting(segment, len(tokens))
             # Numbers from 1 on, in place of the usable tokens.
             segments = tokens[repeated_sequences(batch, segment, len(tokens) + 1, seed)[:, 1 : 1 + segment] - 1]
@@ -83,32 +70,7 @@ class Subject:
 
     def _fitting(self, segment: int | None, tokens: int | None = None) -> int:
         """A segment of which two copies fit into the model's positions, of no more than so many tokens."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        limits = {} if tokens is None else {f"{tokens} tokens in the vocabulary": tokens}
-        if positions is not None:
-            limits[f"two copies within {positions} positions"] = (positions - (self.bos is not None)) // 2
-        most = min(limits.values(), default=SEGMENT if segment is None else segment)
-        if segment is None:
-            segment = min(SEGMENT, most)
-        if not LEAST_SEGMENT <= segment <= most:
-            expected = f"{LEAST_SEGMENT} to {most} ({self.name} has room for {' and '.join(limits) or 'any number'})"
-            raise SurgeryError(describe("segment", f"{segment} tokens", expected, "Pass such a --segment."))
-        return segment
-
-    @property
-    def _vocabulary(self) -> int:
-        model: Any = self.model
-        return int(getattr(model.get_input_embeddings(), "num_embeddings", self.config.vocab_size))
-
-    def _usable(self) -> Tensor:
-        """The tokens of the vocabulary, without special ones."""
-        vocabulary = self._vocabulary
-        if self.tokenizer is None:
-            tokens = (getattr(self.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
-            special = {i for token in tokens for i in (token if isinstance(token, list) else [token])}
-        else:
-            vocabulary, special = min(vocabulary, len(self.tokenizer)), set(self.tokenizer.all_special_ids)
-        return torch.tensor([i for i in range(vocabulary) if i not in special], dtype=torch.long)
+        return fitting_segment(self.model, segment, self.name, self.bos, tokens)
 
     def _tokens(self, text: str) -> Tensor:
         if self.tokenizer is None:

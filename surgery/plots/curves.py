@@ -1,0 +1,183 @@
+"""Effects as lines over positions, as bars with their intervals, and estimates against exact numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from surgery.plots.style import COLORS, new_figure, ticks
+
+LABELLED_POSITIONS = 48
+POINTED_OUT = 5
+"""Heads of a scatter plot that bear their names: those with the largest exact effects."""
+
+
+def effect_by_position(
+    effects: Mapping[str, np.ndarray],
+    *,
+    tokens: Sequence[str] = (),
+    divider: int | None = None,
+    unit: str = "loss change (nats per token)",
+    title: str = "",
+) -> Figure:
+    """A line over positions for each cut, with a band: the normal 95 % interval of the mean over examples.
+
+    effects: name to (example, position), or (position,) for one example, without a band. NaN leaves a gap; of several
+    examples, positions count those that have a number. tokens: texts below the positions, for one sequence.
+    """
+    tables = {name: np.atleast_2d(np.asarray(values, dtype=float)) for name, values in effects.items()}
+    lengths = {table.shape[1] for table in tables.values()}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"effect_by_position: found effects at {sorted(lengths)} positions; expected the same for all. Pad with NaN."
+        )
+    (length,) = lengths
+    figure = new_figure(min(max(7.0, 0.16 * length + 2.0), 16.0), 4.2, title)
+    axes: Axes = figure.subplots()
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    for index, (name, table) in enumerate(tables.items()):
+        color, count = COLORS[index % len(COLORS)], np.isfinite(table).sum(0)
+        known = count > 0
+        mean = np.full(length, np.nan)
+        mean[known] = np.nanmean(table[:, known], axis=0)
+        style = ("-", "--", ":")[index // len(COLORS) % 3]
+        axes.plot(np.arange(length), mean, style, color=color, label=name, linewidth=1.6, marker="o", markersize=2.5)
+        if len(table) > 1:
+            several = count > 1
+            half = np.full(length, np.nan)
+            half[several] = 1.96 * np.nanstd(table[:, several], axis=0, ddof=1) / np.sqrt(count[several])
+            axes.fill_between(np.arange(length), mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
+    if divider is not None:
+        axes.axvline(divider - 0.5, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
+    if tokens:
+        axes.set_xticks(*ticks(list(tokens), LABELLED_POSITIONS), rotation=90, fontsize=7, parse_math=False)
+    axes.set_xlim(-0.5, length - 0.5)
+    axes.set_xlabel("position (token)" if tokens else "position")
+    axes.set_ylabel(unit)
+    _open(axes)
+    if len(tables) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    else:
+        axes.set_title(next(iter(tables)), fontsize=11)
+    return figure
+
+
+def importance_against_exact(
+    estimated: Mapping[str, np.ndarray] | np.ndarray,
+    exact: np.ndarray,
+    *,
+    names: Sequence[str] | None = None,
+    unit: str = "effect (nats)",
+    title: str = "",
+) -> Figure:
+    """Estimates of effects against exact ones, a panel for each method, with the line where they are equal.
+
+    estimated: method to estimates, shaped as exact: of heads (layer, head), or a list. names: of the heads, in the order of
+    exact.ravel(), for the largest; by default from (layer, head). Each panel says Spearman's rank correlation ρ, Pearson's r,
+    and how many heads they are of; NaN on either side leaves a head out.
+    """
+    methods = dict(estimated) if isinstance(estimated, Mapping) else {"": estimated}
+    truth = np.asarray(exact, dtype=float)
+    labels = list(names) if names is not None else _names(truth.shape)
+    figure = new_figure(min(4.6 * len(methods) + 0.6, 16.0), 4.9, title)
+    panels: Any = figure.subplots(1, len(methods), squeeze=False, sharey=True)
+    for axes, (name, values) in zip(panels.flat, methods.items(), strict=True):
+        guess, known = np.asarray(values, dtype=float).ravel(), truth.ravel()
+        if guess.shape != known.shape:
+            raise ValueError(
+                f"importance_against_exact: found {guess.size} estimates ({name}) of {known.size} exact effects; "
+                "expected as many. Fill with NaN."
+            )
+        both = np.isfinite(guess) & np.isfinite(known)
+        x, y = known[both], guess[both]
+        ends = [float(f([*x, *y, 0.0])) for f in (min, max)]
+        axes.plot(ends, ends, color="#888888", linewidth=0.9, zorder=1, label="equal")
+        axes.scatter(x, y, s=18, color=COLORS[0], alpha=0.65, linewidth=0, zorder=2)
+        for place in np.argsort(-np.abs(x), kind="stable")[:POINTED_OUT]:
+            text = np.array(labels)[both][place]
+            is_right = x[place] > (ends[0] + ends[1]) / 2
+            offset, side = ((-6, 4), "right") if is_right else ((6, 4), "left")
+            axes.annotate(text, (x[place], y[place]), offset, textcoords="offset points", ha=side, fontsize=8, color="#333333")
+        found = f"ρ = {rank_correlation(x, y):.3f}, r = {_pearson(x, y):.3f}, {len(x)} heads"
+        axes.set_title(f"{name}\n{found}" if name else found, fontsize=10)
+        axes.set_xlabel(f"exact {unit}")
+        axes.margins(0.08)
+        _open(axes)
+    panels[0, 0].set_ylabel(f"estimated {unit}")
+    panels[0, 0].legend(loc="lower right", frameon=False, fontsize=8)
+    return figure
+
+
+def effect_bars(frame: Any, *, count: int = 12, metric: str | None = None, title: str = "") -> Figure:
+    """Effects of an ablation study as bars with their confidence intervals, circuits side by side, the largest heads on top.
+
+    frame: of `surgery.analysis.ablation.Study` (or its like: circuit, address, head, metric, unit, effect, low, high). count:
+    heads or groups, by their largest effect of any circuit, either way. metric: the first by default. Over several seeds,
+    effects and ends of intervals are means.
+    """
+    rows = frame[frame["metric"] == (metric or frame["metric"].iloc[0])]
+    if not len(rows):
+        raise ValueError(f"effect_bars: found no rows of metric {metric!r}; expected one of {sorted(set(frame['metric']))}.")
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for record in rows.to_dict("records"):
+        is_single = np.isfinite(float(record["head"])) if record["head"] is not None else False
+        name = _head_name(record["address"], int(record["head"])) if is_single else str(record["address"])
+        numbers = np.array([[record["effect"], record["low"], record["high"]]], dtype=float)
+        own = found.setdefault(name, {})
+        own[record["circuit"]] = np.concatenate([own[record["circuit"]], numbers]) if record["circuit"] in own else numbers
+    means = {name: {circuit: seeds.mean(0) for circuit, seeds in own.items()} for name, own in found.items()}
+    order = sorted(means, key=lambda name: -max(abs(numbers[0]) for numbers in means[name].values()))[:count]
+    circuits = list(dict.fromkeys(rows["circuit"]))
+    figure = new_figure(8.0, 1.3 + max(0.16 * len(circuits) + 0.14, 0.3) * len(order) + (0.4 if title else 0.0), title)
+    axes: Axes = figure.subplots()
+    height = 0.8 / len(circuits)
+    for number, circuit in enumerate(circuits):
+        places = [place for place, name in enumerate(order) if circuit in means[name]]
+        effect, low, high = np.array([means[order[place]][circuit] for place in places]).T
+        at = np.array(places) + (number - (len(circuits) - 1) / 2) * height
+        label = {"qk": "QK", "ov": "OV", "both": "both"}.get(circuit, circuit)
+        axes.barh(at, effect, height * 0.92, color=COLORS[number % len(COLORS)], label=label)
+        errors = np.nan_to_num(np.stack([effect - low, high - effect])).clip(min=0)
+        axes.errorbar(effect, at, xerr=errors, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=2)
+    axes.axvline(0, color="#444444", linewidth=0.8)
+    axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    unit = str(rows["unit"].iloc[0])
+    axes.set_xlabel(f"change of {rows['metric'].iloc[0]}{f' ({unit})' if unit else ''}, with its confidence interval")
+    _open(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9, title="circuit cut")
+    return figure
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's ρ: the correlation of ranks, ties at their mean rank. NaN for fewer than two, or where all are tied."""
+    return _pearson(_ranks(np.asarray(x)), _ranks(np.asarray(y)))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _names(shape: tuple[int, ...]) -> list[str]:
+    return [".".join(map(str, index)) for index in np.ndindex(shape)]
+
+
+def _head_name(address: str, head: int) -> str:
+    return f"{address.removeprefix('self.')}.{head}"
+
+
+def _open(axes: Axes) -> None:
+    """No frame above and on the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
