@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, HEADS, LAYERS
-from torch import Tensor
+from torch import Tensor, nn
 
-from surgery import Edit, Freeze, NoMatchError, SpecError, patch_model
+from surgery import Edit, Freeze, NoMatchError, SpecError, UnsupportedArchitectureError, patch_model, weights
+from surgery.analysis import metrics
 from surgery.analysis.detectors import detect_heads
+from surgery.analysis.frozen import FrozenScales
+from surgery.analysis.logit_attribution import LogitAttribution, direct_logit_attribution
 from surgery.analysis.looking import JOBS
 from surgery.analysis.repeats import random_copies
 from surgery.demo import load_model
@@ -138,3 +141,125 @@ def test_detecting_leaves_the_model_and_its_cuts() -> None:
         assert torch.equal(model(ids).logits, before)
     row = found.matrix("previous token").loc["self.0"]
     assert row[2] == pytest.approx(found.matrix("previous token", "chance").loc["self.0", 2], abs=1e-6)  # cut to uniform
+
+
+# What heads write into a logit.
+
+PLAIN = ["gpt2", "gptj", "gpt_neox", "llama", "mixtral", "qwen3_moe", "falcon_alibi", "bloom", "opt", "gpt_neo", "mpt", "phi3"]
+
+
+def adds_up(found: LogitAttribution) -> None:
+    total = np.nansum(found.heads, axis=(1, 2)) + sum(found.others.values()) + found.constant
+    np.testing.assert_allclose(total, found.value, atol=3e-6)  # float32 results, logits of up to 10
+    assert found.frame["value"].sum() == pytest.approx(found.value.mean(), abs=3e-6)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("position", [-1, 5])
+def test_contributions_add_up_to_the_logit(name: str, position: int) -> None:
+    family = FAMILIES[name]
+    model, inputs = family.build("sdpa" if family.sdpa else "eager"), family.inputs()
+    found = direct_logit_attribution(model, inputs, tokens=[7, 11], position=position)
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, position]
+    np.testing.assert_allclose(found.value, [logits[0, 7], logits[1, 11]], atol=3e-6)  # norms are computed in steps
+    adds_up(found)
+    assert found.gap < 3e-6 and found.heads.shape == (2, LAYERS, HEADS) and np.isfinite(found.heads).all()
+    kinds = found.frame.kind.value_counts()
+    assert (kinds["head"], kinds["MLP"], kinds["embedding"], kinds["constant"]) == (LAYERS * HEADS, LAYERS, 1, 1)
+    assert found.frame[found.frame.kind == "MLP"].value.abs().min() > 1e-4
+
+
+@torch.no_grad()
+def test_contributions_are_those_of_a_calculation_by_hand() -> None:
+    """RMS norm and grouped kv heads; then a layer norm with its mean, gain and shift."""
+    for name, norm, unembed in (("llama", "model.norm", "lm_head"), ("gpt2", "transformer.ln_f", "lm_head")):
+        family = FAMILIES[name]
+        model, inputs = family.build("eager").double(), family.inputs(padding=0)
+        seen: dict[str, Any] = {}
+        final = model.get_submodule(norm)
+        handle = final.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.update(stream=seen.get("stream", args[0][:, -1]))
+        )
+        found = direct_logit_attribution(model, inputs, tokens=7)
+        handle.remove()
+        stream, row = seen["stream"], model.get_submodule(unembed).weight[7] * final.weight
+        if name == "gpt2":
+            row = row - row.mean()  # centring
+            scale = (stream.var(-1, unbiased=False) + final.eps).rsqrt()
+        else:
+            scale = (stream.square().mean(-1) + final.variance_epsilon).rsqrt()
+        patch_model(model)
+        for layer in range(LAYERS):
+            with_heads = model.model.layers[layer].self_attn if name == "llama" else model.transformer.h[layer].attn
+            project = with_heads.o_proj if name == "llama" else with_heads.c_proj
+            z: list[Tensor] = []
+            handle = project.register_forward_pre_hook(lambda _, args, z=z: z.append(args[0][:, -1]))
+            model(**inputs)
+            handle.remove()
+            result = torch.einsum("bhd,hdm->bhm", z[0].unflatten(-1, (HEADS, -1)), weights.W_O(model, layer))
+            expected = result @ row * scale[:, None]
+            np.testing.assert_allclose(found.heads[:, layer], expected.numpy(), rtol=1e-6, atol=1e-7)  # norms are in float32
+
+
+def test_a_metric_of_two_logits_and_cuts_that_stay() -> None:
+    model, inputs = FAMILIES["gpt2"].build(), FAMILIES["gpt2"].inputs()
+    first, second = (direct_logit_attribution(model, inputs, tokens=token) for token in (3, 8))
+    both = direct_logit_attribution(model, inputs, metric=metrics.logit_difference(3, 8))
+    np.testing.assert_allclose(both.heads, first.heads - second.heads, atol=1e-6)
+    adds_up(both)
+    patch_model(model, Freeze("ov", layers=[1], heads=[2]))
+    cut = direct_logit_attribution(model, inputs, tokens=3)
+    adds_up(cut)
+    assert np.array_equal(cut.heads[:, 1, 2], np.zeros(2)) and np.abs(first.heads[:, 1, 2]).min() > 1e-4
+    assert cut.matrix().shape == (LAYERS, HEADS) and "comes from" in repr(cut)
+    assert cut.top(3, "MLP").kind.eq("MLP").all()
+
+
+class Capped(nn.Module):
+    """Logits that a tanh bounds."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh()
+
+
+def test_what_is_no_plain_stream_is_refused() -> None:
+    for name, place in (("gemma2", "model.layers.0"), ("olmo2", "model.layers.0"), ("t5", "decoder.block.0")):
+        family = FAMILIES[name]
+        with pytest.raises(UnsupportedArchitectureError, match=f"direct_logit_attribution: {place}: found that"):
+            direct_logit_attribution(family.build(), family.inputs(), tokens=7)
+    model, inputs = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    with pytest.raises(SpecError, match="metric 'loss', which reads all positions"):
+        direct_logit_attribution(model, inputs, metric="loss")
+    squared = metrics.Metric("square", "", lambda m: m.logits[:, 0, 3] ** 2, (-1,))
+    with pytest.raises(UnsupportedArchitectureError, match="the metric is not affine"):
+        direct_logit_attribution(model, inputs, metric=squared)
+    with pytest.raises(SpecError, match="neither tokens nor a metric"):
+        direct_logit_attribution(model, inputs)
+    with pytest.raises(SpecError, match="3 tokens; expected one, or 2"):
+        direct_logit_attribution(model, inputs, tokens=[1, 2, 3])
+    model.lm_head = Capped(model.lm_head)
+    with pytest.raises(UnsupportedArchitectureError, match="what is behind the last layer: found that with its norms frozen"):
+        direct_logit_attribution(model, inputs, tokens=7)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6), nn.LayerNorm(6, bias=False)])
+def test_a_frozen_norm_is_affine_and_equal_where_it_was_frozen(norm: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    norm = norm.double()
+    with FrozenScales() as frozen:
+        torch.testing.assert_close(norm(x), torch.nn.Module.__call__(norm, x))
+    expected = norm(x)
+
+    def again(states: Tensor) -> Tensor:
+        with FrozenScales(frozen.kept):
+            return norm(states)
+
+    torch.testing.assert_close(again(x), expected)
+    torch.testing.assert_close(again(x + 2 * other) - again(x), 2 * (again(other) - again(torch.zeros_like(x))))
+    assert not torch.allclose(again(3 * x), norm(3 * x))

@@ -39,7 +39,7 @@ class Target:
         return int((self.rows * self.length + self.query).unique().numel())
 
     def score(self, pattern: Tensor) -> Tensor:
-        """(head,) in float64: the mean over queries of the attention that each gives to all of its keys. NaN if there are none."""
+        """(head,) in float64: the mean over queries of what each gives to all of its keys. NaN if there are none."""
         found = pattern[self.rows, :, self.query, self.key]  # (pair, head)
         return found.double().sum(0).cpu() / (self.queries or float("nan"))
 

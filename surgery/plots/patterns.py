@@ -60,7 +60,7 @@ def pattern_pictures(
     rows: Any = figure.subplots(len(heads), 3, squeeze=False)
     for axes, head, *patterns in zip(rows, heads, before, after, changes, strict=True):
         name = _name(head)
-        options = {"tokens": labels or (), "sources": sources, "divider": divider, "most": 32}
+        options: dict[str, Any] = {"tokens": labels or (), "sources": sources, "divider": divider, "most": 32}
         draw_pattern(axes[0], patterns[0], f"{name}: before", **options)
         image = draw_pattern(axes[1], patterns[1], f"{name}: after", **options)
         norm = Normalize(-largest, largest)
