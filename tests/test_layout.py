@@ -44,7 +44,7 @@ ORDER = [
     "surgery.analysis", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
     "surgery.analysis.reading", "surgery.analysis.replay", "surgery.analysis.statistics", "surgery.analysis.sweep",
     "surgery.analysis.ablation", "surgery.analysis.repeats", "surgery.analysis.looking", "surgery.analysis.detectors",
-    "surgery.analysis.frozen", "surgery.analysis.logit_attribution",                                      # findings
+    "surgery.analysis.frozen", "surgery.analysis.logit_attribution", "surgery.analysis.structure",        # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",
     "surgery.commands", "surgery.commands.shared", "surgery.commands.demo", "surgery.commands.inspect",

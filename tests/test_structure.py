@@ -17,6 +17,7 @@ from surgery.analysis.frozen import FrozenScales
 from surgery.analysis.logit_attribution import LogitAttribution, direct_logit_attribution
 from surgery.analysis.looking import JOBS
 from surgery.analysis.repeats import random_copies
+from surgery.analysis.structure import composition, copying_scores
 from surgery.demo import load_model
 
 # Where heads look.
@@ -263,3 +264,104 @@ def test_a_frozen_norm_is_affine_and_equal_where_it_was_frozen(norm: nn.Module) 
     torch.testing.assert_close(again(x), expected)
     torch.testing.assert_close(again(x + 2 * other) - again(x), 2 * (again(other) - again(torch.zeros_like(x))))
     assert not torch.allclose(again(3 * x), norm(3 * x))
+
+
+# What the weights say.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["q", "k", "v"])
+def test_compositions_are_those_of_each_pair_of_layers(kind: Any) -> None:
+    model = FAMILIES["llama"].build(num_hidden_layers=3)
+    found = composition(model, kind)
+    scores = found.scores.reshape(3, HEADS, 3, HEADS)
+    for sender in range(3):
+        for receiver in range(3):
+            block = scores[sender, :, receiver]
+            if sender < receiver:
+                assert np.array_equal(block, weights.composition_scores(model, sender, receiver, kind).numpy())
+            else:
+                assert np.isnan(block).all()
+    frame = found.frame()
+    assert len(frame) == 3 * HEADS**2 and not frame.isna().any().any()
+    row = frame[
+        (frame.sender == "self.0") & (frame.sender_head == 1) & (frame.receiver == "self.2") & (frame.receiver_head == 3)
+    ]
+    assert row.score.item() == scores[0, 1, 2, 3]
+    assert row.excess.item() == row.score.item() - row.baseline.item()
+    assert row.deviations.item() == row.excess.item() / found.spread[1, -1]
+    assert np.nanmean(found.baseline) == pytest.approx(32**-0.5, rel=0.05)  # 1/sqrt(d_model)
+    assert len(composition(model, kind, layers=[0, 2]).frame()) == HEADS**2
+
+
+def test_a_model_at_random_composes_as_random_matrices_do() -> None:
+    """With its own shapes and other numbers: the mean over pairs is within the error of a mean of correlated pairs."""
+    for kind in ("q", "k", "v"):
+        found = composition(FAMILIES["gpt2"].build(n_embd=128), kind)  # type: ignore[arg-type]
+        assert np.nanmean(found.excess) == pytest.approx(0, abs=2e-3)  # scores are about 0.09
+        assert found.frame().deviations.abs().max() < 5
+
+
+def test_composition_in_the_demo_model() -> None:
+    """The previous-token head writes what the induction head's k reads; both are named by other means in test_demo."""
+    best = composition(load_model(), "k").top(1)
+    assert best[["sender", "sender_head", "receiver"]].values.tolist() == [["self.0", 0, "self.1"]]
+    assert best.deviations.item() > 20
+
+
+def test_compositions_across_stacks_and_what_is_left_out() -> None:
+    found = composition(FAMILIES["bart"].build(), "v").frame()
+    pairs = set(zip(found.sender, found.receiver, strict=True))
+    assert ("encoder.self.1", "decoder.cross.0") in pairs and ("decoder.self.0", "decoder.self.1") in pairs
+    assert ("encoder.self.0", "decoder.self.1") not in pairs and ("decoder.self.0", "decoder.cross.1") not in pairs
+    latent = composition(FAMILIES["deepseek_v3"].build(), "q")
+    assert latent.frame().empty and any("W_V reads kv_a_proj_with_mqa" in note for note in latent.notes)
+    with pytest.raises(SpecError, match="kind='z'; expected 'q', 'k', 'v'"):
+        composition(FAMILIES["llama"].build(), "z")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_copying_scores_are_those_of_the_full_matrix() -> None:
+    """W_E G W_OV G' W_U, vocabulary × vocabulary, with all of its eigenvalues."""
+    for name, before, final in (
+        ("llama", "model.layers.1.input_layernorm", "model.norm"),
+        ("gpt2", "transformer.h.1.ln_1", "transformer.ln_f"),
+    ):
+        model = FAMILIES[name].build().double()
+        d = model.config.hidden_size
+        centring = torch.eye(d, dtype=torch.float64) - (1 / d if name == "gpt2" else 0)
+        gains = [centring * model.get_submodule(path).weight for path in (before, final)]
+        embedding, unembedding = model.get_input_embeddings().weight, model.lm_head.weight.T
+        found = copying_scores(model)
+        assert not found.notes
+        for head in range(HEADS):
+            w = weights.head_weights(model, 1)
+            full = embedding @ gains[0] @ w.W_V_by_head[head] @ w.W_O[head] @ gains[1] @ unembedding
+            values = torch.linalg.eigvals(full)
+            expected = float(values.real.sum() / values.abs().sum())
+            assert found.matrix().loc["self.1", head] == pytest.approx(expected, abs=1e-5)  # gains pass float32 in one family
+
+
+@torch.no_grad()
+def test_heads_that_copy_suppress_and_do_nothing() -> None:
+    model = FAMILIES["gpt2"].build()
+    attention, width = model.transformer.h[0].attn, 8
+    effective = weights.W_V(model, 0)
+    for head, sign in ((0, 1.0), (1, -1.0), (2, 0.0)):
+        attention.c_proj.weight[head * width : (head + 1) * width] = sign * effective[head].T
+    for norm in (model.transformer.h[0].ln_1, model.transformer.ln_f):
+        norm.weight.fill_(1)  # W_V W_V^T between W_E and its transpose (tied): all eigenvalues are of one sign
+    scores = copying_scores(model).matrix().loc["self.0"]
+    assert scores[0] == pytest.approx(1, abs=1e-6) and scores[1] == pytest.approx(-1, abs=1e-6) and np.isnan(scores[2])
+    assert abs(scores[3]) < 0.9
+
+
+def test_copying_in_the_demo_model_and_what_is_left_out() -> None:
+    best = copying_scores(load_model()).top(1)
+    assert best[["address", "head"]].values.tolist() == [["self.1", 3]] and best.score.item() > 0.98
+    found = copying_scores(FAMILIES["olmo2"].build())
+    assert len(found.frame) == LAYERS * HEADS and found.notes[0].startswith("self.0: no norm before it")
+    latent = copying_scores(FAMILIES["deepseek_v3"].build())
+    assert latent.frame.empty and len(latent.notes) == LAYERS
+    with pytest.raises(SpecError, match="without output embeddings"):
+        copying_scores(FAMILIES["llama"].build().model)

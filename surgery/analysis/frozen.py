@@ -26,11 +26,15 @@ _RMS_NORMS: frozenset[Any] = frozenset({F.rms_norm, torch.rms_norm})
 
 
 class FrozenScales(TorchFunctionMode):
-    """Within the block, scales of norms bear no gradient. kept: those of an earlier block, to be used again in their order."""
+    """Within the block, scales of norms bear no gradient.
 
-    def __init__(self, kept: list[Tensor] | None = None) -> None:
+    kept: those of an earlier block, to be used again in their order. unit: they are 1. count: how many there were.
+    """
+
+    def __init__(self, kept: list[Tensor] | None = None, *, unit: bool = False) -> None:
         super().__init__()
         self.kept: list[Tensor] = []
+        self.count, self._unit = 0, unit
         self._again = None if kept is None else iter(kept)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,8 +48,11 @@ class FrozenScales(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _frozen(self, compute: Callable[[], Tensor]) -> Tensor:
+        self.count += 1
         if self._again is not None:
             return next(self._again)
+        if self._unit:
+            return torch.ones_like(compute())
         self.kept.append(compute().detach())
         return self.kept[-1]
 

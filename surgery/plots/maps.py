@@ -106,6 +106,32 @@ def head_maps(
     return figure
 
 
+def pair_map(
+    values: np.ndarray, names: Sequence[str], edges: Sequence[int], *, rows: str, columns: str, unit: str, title: str = ""
+) -> Figure:
+    """A heat map over pairs of heads, white at 0; NaN is grey. edges: draw lines before these heads, where layers begin."""
+    size = min(max(0.32 * len(names) + 2.2, 5.0), 13.0)
+    figure = new_figure(size + 1.0, size, title)
+    axes: Axes = figure.subplots()
+    norm, colormap = scale(np.asarray(values, dtype=float))
+    axes.set_facecolor("#e4e4e4")
+    image = axes.imshow(values, norm=norm, cmap=colormap, interpolation="nearest")
+    most = 36
+    axes.set_xticks(*ticks(list(names), most), rotation=90, fontsize=7)
+    axes.set_yticks(*ticks(list(names), most), fontsize=7)
+    axes.set_xlabel(columns)
+    axes.set_ylabel(rows)
+    for edge in edges:
+        axes.axhline(edge - 0.5, color="#b0b0b0", linewidth=0.6)
+        axes.axvline(edge - 0.5, color="#b0b0b0", linewidth=0.6)
+    plain(axes)
+    bar = figure.colorbar(image, ax=axes, label=unit, shrink=0.8, pad=0.02)
+    finite = values[np.isfinite(values)]
+    if finite.size:
+        bar.ax.set_ylim(min(0.0, float(finite.min())), max(1e-6, float(finite.max())))
+    return figure
+
+
 def _map(axes: Axes, values: np.ndarray, norm: Normalize, colormap: Colormap, room: float, largest: float) -> Any:
     """One heat map. room: inches that it is wide, about; largest: of all values, which decides on decimals."""
     rows, heads = values.shape
