@@ -40,7 +40,7 @@ ORDER = [
     "surgery.public", "surgery",                                                                          # the names
     "patches",
     "surgery.plots.style", "surgery.plots.tokens", "surgery.plots.maps", "surgery.plots.patterns", "surgery.plots.curves",
-    "surgery.plots",                                                                                      # pictures
+    "surgery.plots.notebook", "surgery.plots",                                                            # pictures
     "surgery.analysis", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
     "surgery.analysis.reading", "surgery.analysis.replay", "surgery.analysis.statistics", "surgery.analysis.sweep",
     "surgery.analysis.ablation", "surgery.analysis.repeats", "surgery.analysis.looking", "surgery.analysis.detectors",

@@ -7,6 +7,7 @@ from surgery.plots.maps import Named as Named
 from surgery.plots.maps import head_maps as head_maps
 from surgery.plots.maps import heatmaps as heatmaps
 from surgery.plots.maps import pair_map as pair_map
+from surgery.plots.notebook import attention_view as attention_view
 from surgery.plots.patterns import pattern_pictures as pattern_pictures
 from surgery.plots.style import FORMATS as FORMATS
 from surgery.plots.style import save as save

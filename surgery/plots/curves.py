@@ -97,14 +97,16 @@ def importance_against_exact(
         ends = [float(f([*x, *y, 0.0])) for f in (min, max)]
         axes.plot(ends, ends, color="#888888", linewidth=0.9, zorder=1, label="equal")
         axes.scatter(x, y, s=18, color=COLORS[0], alpha=0.65, linewidth=0, zorder=2)
-        for place in np.argsort(-np.abs(x), kind="stable")[:POINTED_OUT]:
+        for place in _apart(x, y, np.argsort(-np.abs(x), kind="stable")[:POINTED_OUT]):
             text = np.array(labels)[both][place]
-            is_right = x[place] > (ends[0] + ends[1]) / 2
-            offset, side = ((-6, 4), "right") if is_right else ((6, 4), "left")
-            axes.annotate(text, (x[place], y[place]), offset, textcoords="offset points", ha=side, fontsize=8, color="#333333")
+            below = y[place] <= x[place]  # the line goes through neither
+            offset, side = ((0, -5), "top") if below else ((0, 5), "bottom")
+            at = (x[place], y[place])
+            axes.annotate(text, at, offset, textcoords="offset points", ha="center", va=side, fontsize=8, color="#333333")
         found = f"ρ = {rank_correlation(x, y):.3f}, r = {_pearson(x, y):.3f}, {len(x)} heads"
         axes.set_title(f"{name}\n{found}" if name else found, fontsize=10)
         axes.set_xlabel(f"exact {unit}")
+        axes.set_aspect("equal", adjustable="datalim")
         axes.margins(0.08)
         _open(axes)
     panels[0, 0].set_ylabel(f"estimated {unit}")
@@ -146,11 +148,22 @@ def effect_bars(frame: Any, *, count: int = 12, metric: str | None = None, title
     axes.axvline(0, color="#444444", linewidth=0.8)
     axes.set_yticks(range(len(order)), order, fontsize=8)
     axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.set_ylabel("head (layer.head)")
     unit = str(rows["unit"].iloc[0])
     axes.set_xlabel(f"change of {rows['metric'].iloc[0]}{f' ({unit})' if unit else ''}, with its confidence interval")
     _open(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9, title="circuit cut")
     return figure
+
+
+def _apart(x: np.ndarray, y: np.ndarray, places: np.ndarray) -> list[int]:
+    """Those points of which none before it is so near that their names would cover each other."""
+    chosen: list[int] = []
+    span = max(float(np.ptp(np.concatenate([x, y, [0.0]]))), 1e-30)
+    for place in places:
+        if all(abs(x[place] - x[other]) > 0.11 * span or abs(y[place] - y[other]) > 0.05 * span for other in chosen):
+            chosen.append(int(place))
+    return chosen
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,18 +82,23 @@ def head_maps(
     for axes in above.flat[len(maps) :]:
         axes.set_visible(False)
     room = (width - 1.6) / columns
+    finite = everything[np.isfinite(everything)]
+    largest = float(np.abs(finite).max(initial=0.0))
+    is_signed = limits is None or limits[0] < 0
+
+    def written(value: float) -> str:
+        return number(value, largest) if is_signed else number(value, largest).removeprefix("+")
+
     for axes, (text, values) in zip(above.flat, maps.items(), strict=False):
-        image = _map(
-            axes, np.asarray(values, dtype=float), norm, colormap, room, float(np.nanmax(np.abs(everything), initial=0))
-        )
+        image = _map(axes, np.asarray(values, dtype=float), norm, colormap, room, written)
         axes.set_title(text, fontsize=11)
         _outline(axes, named)
     for axes in above[:, 0]:
         axes.set_ylabel("layer")
         axes.set_yticks(*ticks(names, 24))
-    bar = upper.colorbar(image, ax=list(above.flat[: len(maps)]), label=unit, pad=0.015, aspect=18 * lines)
+    bar = upper.colorbar(image, ax=list(above.flat[: len(maps)]), label=unit, pad=0.015, aspect=max(18.0, height_of_maps / 0.2))
     if limits is None:
-        bar.ax.set_ylim(min(0.0, float(np.nanmin(everything))), max(1e-6, float(np.nanmax(everything))))
+        bar.ax.set_ylim(float(finite.min(initial=0.0)), float(finite.max(initial=1e-6)))
     if shown:
         below = lower[0].subplots(1, max(len(shown), 2))
         for axes in below[len(shown) :]:
@@ -121,19 +126,22 @@ def pair_map(
     axes.set_yticks(*ticks(list(names), most), fontsize=7)
     axes.set_xlabel(columns)
     axes.set_ylabel(rows)
+    thin = 0.6 if len(names) <= 200 else 0.2
     for edge in edges:
-        axes.axhline(edge - 0.5, color="#b0b0b0", linewidth=0.6)
-        axes.axvline(edge - 0.5, color="#b0b0b0", linewidth=0.6)
+        axes.axhline(edge - 0.5, color="#b0b0b0", linewidth=thin)
+        axes.axvline(edge - 0.5, color="#b0b0b0", linewidth=thin)
     plain(axes)
     bar = figure.colorbar(image, ax=axes, label=unit, shrink=0.8, pad=0.02)
     finite = values[np.isfinite(values)]
     if finite.size:
-        bar.ax.set_ylim(min(0.0, float(finite.min())), max(1e-6, float(finite.max())))
+        bar.ax.set_ylim(float(finite.min(initial=0.0)), float(finite.max(initial=1e-6)))
     return figure
 
 
-def _map(axes: Axes, values: np.ndarray, norm: Normalize, colormap: Colormap, room: float, largest: float) -> Any:
-    """One heat map. room: inches that it is wide, about; largest: of all values, which decides on decimals."""
+def _map(
+    axes: Axes, values: np.ndarray, norm: Normalize, colormap: Colormap, room: float, written: Callable[[float], str]
+) -> Any:
+    """One heat map. room: inches that it is wide, about; written: a value as text."""
     rows, heads = values.shape
     axes.set_facecolor("#e4e4e4")
     image = axes.imshow(values, norm=norm, cmap=colormap, aspect="auto", interpolation="nearest")
@@ -145,9 +153,9 @@ def _map(axes: Axes, values: np.ndarray, norm: Normalize, colormap: Colormap, ro
     axes.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#d0d0d0", linewidth=0.8)
-    texts = {index: number(value, largest) for index, value in np.ndenumerate(values) if np.isfinite(value)}
+    texts = {index: written(value) for index, value in np.ndenumerate(values) if np.isfinite(value)}
     longest = max(map(len, texts.values()), default=1)
-    size = min(9.0, 72 * room / heads / (0.68 * longest))  # a digit is about 0.6 of the font's size wide
+    size = min(9.0, 72 * room / heads / (0.76 * longest))  # a digit is about 0.6 of the font's size wide
     if size < LEAST_FONT:
         return image
     for (row, head), text in texts.items():

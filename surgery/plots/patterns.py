@@ -44,22 +44,16 @@ def pattern_pictures(
     """
     if not heads:
         raise SpecError(describe("pattern_pictures", "no heads", "at least one", "For example heads=[(5, 1), ('self.6', 9)]."))
-    given = {getattr(model, "main_input_name", "input_ids"): inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    cuts = as_spec(spec)
-    session = session_of(model)
-    base, kernel = (session.spec, session.kernel) if session is not None else (as_spec(None), "auto")
-    with patched(model, base, kernel=kernel, strict=False):  # type: ignore[arg-type]
-        before = _patterns(model, given, heads, example)
-        if not len(cuts):
-            return _alone(before, heads, labels, sources, divider, title)
-        with patched(model, base + cuts, kernel=kernel, strict=False):  # type: ignore[arg-type]
-            after = _patterns(model, given, heads, example)
+    shown = patterns_of(model, inputs, spec, heads, example)
+    if len(shown) == 1:
+        return _alone(shown[""], heads, labels, sources, divider, title)
+    before, after = shown.values()
     changes = [b - a for a, b in zip(before, after, strict=True)]
     largest = max(float(np.nanmax(np.abs(change), initial=0.0)) for change in changes) or 1.0
-    figure = new_figure(13.0, 4.3 * len(heads) + (0.5 if title else 0.1), title)
+    figure = new_figure(13.0, 3.9 * len(heads) + (0.5 if title else 0.1), title)
     rows: Any = figure.subplots(len(heads), 3, squeeze=False)
     for axes, head, *patterns in zip(rows, heads, before, after, changes, strict=True):
-        name = _name(head)
+        name = head_name(head)
         options: dict[str, Any] = {"tokens": labels or (), "sources": sources, "divider": divider, "most": 32}
         draw_pattern(axes[0], patterns[0], f"{name}: before", **options)
         image = draw_pattern(axes[1], patterns[1], f"{name}: after", **options)
@@ -68,6 +62,22 @@ def pattern_pictures(
         figure.colorbar(image, ax=list(axes[:2]), label="attention", pad=0.01, shrink=0.85)
         figure.colorbar(change, ax=axes[2], label="change of attention", pad=0.02, shrink=0.85)
     return figure
+
+
+def patterns_of(
+    model: nn.Module, inputs: Mapping[str, Any] | Tensor, spec: Any, heads: Sequence[Head], example: int
+) -> dict[str, list[np.ndarray]]:
+    """(query, key) of each head: {"": as the model is}, or with cuts {": before": .., ": after": ..}."""
+    given = {getattr(model, "main_input_name", "input_ids"): inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    cuts = as_spec(spec)
+    session = session_of(model)
+    base, kernel = (session.spec, session.kernel) if session is not None else (as_spec(None), "auto")
+    with patched(model, base, kernel=kernel, strict=False):  # type: ignore[arg-type]
+        before = _patterns(model, given, heads, example)
+        if not len(cuts):
+            return {"": before}
+        with patched(model, base + cuts, kernel=kernel, strict=False):  # type: ignore[arg-type]
+            return {": before": before, ": after": _patterns(model, given, heads, example)}
 
 
 def _alone(
@@ -85,7 +95,7 @@ def _alone(
     for axes in grid.flat[len(heads) :]:
         axes.set_visible(False)
     for axes, head, pattern in zip(grid.flat, heads, patterns, strict=False):
-        image = draw_pattern(axes, pattern, _name(head), labels or (), divider, norm=UNIT, most=32, sources=sources)
+        image = draw_pattern(axes, pattern, head_name(head), labels or (), divider, norm=UNIT, most=32, sources=sources)
     figure.colorbar(image, ax=list(grid.flat[: len(heads)]), label="attention", pad=0.015, aspect=18 * lines)
     return figure
 
@@ -110,7 +120,8 @@ def _patterns(model: nn.Module, inputs: Mapping[str, Any], heads: Sequence[Head]
     return [found[anatomy[address].address, head] for address, head in heads]
 
 
-def _name(head: Head) -> str:
+def head_name(head: Head) -> str:
+    """Like "layer 5 head 1"; with the address where that says more."""
     address, number = head
     layer = str(address).removeprefix("self.")
     return f"layer {layer} head {number}" if layer.isdigit() else f"{layer} head {number}"
