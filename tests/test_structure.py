@@ -363,5 +363,13 @@ def test_copying_in_the_demo_model_and_what_is_left_out() -> None:
     assert len(found.frame) == LAYERS * HEADS and found.notes[0].startswith("self.0: no norm before it")
     latent = copying_scores(FAMILIES["deepseek_v3"].build())
     assert latent.frame.empty and len(latent.notes) == LAYERS
+    whisper = FAMILIES["whisper"]
+    with pytest.raises(SpecError, match="which reads input_features, and no inputs"):
+        copying_scores(whisper.build())
+    found = copying_scores(whisper.build(), inputs=whisper.inputs())
+    assert set(found.frame.address) == {"decoder.self.0", "decoder.self.1"} and not found.notes
+    half = [copying_scores(FAMILIES["gpt2"].build(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    assert not half[1].notes
+    np.testing.assert_allclose(half[1].frame.score, half[0].frame.score, atol=0.02)  # bfloat16 has 8 bits
     with pytest.raises(SpecError, match="without output embeddings"):
         copying_scores(FAMILIES["llama"].build().model)

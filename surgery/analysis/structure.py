@@ -7,6 +7,7 @@ are shared; attentions whose weights are not derived (latents, norms on v) are l
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from surgery.analysis.batches import Batch, batches
 from surgery.analysis.frozen import FrozenScales
 from surgery.analysis.repeats import usable_tokens
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe
@@ -197,7 +199,7 @@ class Copying:
 
 
 @torch.no_grad()
-def copying_scores(model: nn.Module, layers: Any = None) -> Copying:
+def copying_scores(model: nn.Module, layers: Any = None, inputs: Any = None) -> Copying:
     """Whether attending to a token raises its own logit: Σλ / Σ|λ| over the eigenvalues of each head's full OV circuit.
 
     The circuit is W_E G W_V W_O G' W_U, vocabulary × vocabulary, which is never formed: its eigenvalues but zeros are those of
@@ -206,7 +208,8 @@ def copying_scores(model: nn.Module, layers: Any = None) -> Copying:
     Norms are folded in as far as they are linear: G is the gain (and centring) of the norm before the attention, G' of the one
     before the unembedding, found as the modules whose output these read; their scales, positive numbers for each position,
     are left out, as are biases, position embeddings, the layers between, and norms that a family has behind W_O or MLPs.
-    notes say where there was no such norm. layers: of self-attention, None for that of the text.
+    notes say where there was no such norm. layers: of self-attention, None for that of the text. inputs: of a small forward, by
+    which norms are found; needed only for models that read more than tokens.
     Raises SpecError for a model without an unembedding, or whose embeddings have another width than its stream.
     """
     module: Any = model
@@ -221,7 +224,7 @@ def copying_scores(model: nn.Module, layers: Any = None) -> Copying:
     names = {part: name for name, part in model.named_modules()}
     w_u, _ = linear_of(unembedding, names[unembedding])
     readers = {a.address: model.get_submodule(a.projections["v"].path) for a in chosen if "v" in a.projections}
-    norms = _norms_before(model, [*readers.values(), unembedding])
+    norms = _norms_before(model, [*readers.values(), unembedding], _given(model, inputs))
     notes: list[str] = []
     gain = _gain(norms.get(unembedding), w_u.shape[0], "the unembedding", notes)
     back = gain @ _product(w_u, embedding.weight)  # d_model × d_model: G' W_U W_E
@@ -258,14 +261,26 @@ def _gain(norm: nn.Module | None, width: int, where: str, notes: list[str]) -> T
     if norm is None:
         notes.append(f"{where}: no norm before it was found, none is folded in")
         return torch.eye(width, dtype=torch.float64)
-    parameter = next(norm.parameters(), None)
-    dtype, device = (torch.float32, torch.device("cpu")) if parameter is None else (parameter.dtype, parameter.device)
+    wide = copy.deepcopy(norm).double()
+    device = next((parameter.device for parameter in norm.parameters()), torch.device("cpu"))
+    eye = torch.eye(width, dtype=torch.float64, device=device)[None]
     with FrozenScales(unit=True):
-        rows = norm(torch.eye(width, dtype=dtype, device=device)[None])[0]
-        return rows.double() - norm(torch.zeros(1, 1, width, dtype=dtype, device=device))[0].double()
+        return wide(eye)[0].double() - wide(torch.zeros_like(eye[:, :1]))[0].double()
 
 
-def _norms_before(model: nn.Module, readers: Sequence[nn.Module]) -> dict[nn.Module, nn.Module]:
+def _given(model: Any, inputs: Any) -> Batch:
+    """One batch of inputs; four tokens, if there are none."""
+    if inputs is not None:
+        return batches(model, inputs)[0]
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        found = f"a {type(model).__name__}, which reads {model.main_input_name}, and no inputs"
+        raise SpecError(describe("copying_scores", found, "a model of text, or inputs", "Pass inputs of a small forward."))
+    ids = usable_tokens(model)[:4][None].to(runs_on(model))
+    is_double = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if is_double else {})}
+
+
+def _norms_before(model: nn.Module, readers: Sequence[nn.Module], inputs: Batch) -> dict[nn.Module, nn.Module]:
     """The norm whose output each of these modules reads in a small forward; missing where it reads something else."""
     made: dict[int, tuple[nn.Module, Any]] = {}
     found: dict[nn.Module, nn.Module] = {}
@@ -283,11 +298,9 @@ def _norms_before(model: nn.Module, readers: Sequence[nn.Module]) -> dict[nn.Mod
 
     handles = [part.register_forward_hook(note) for part in model.modules()]
     handles += [part.register_forward_pre_hook(look) for part in dict.fromkeys(readers)]
-    ids = usable_tokens(model)[:4][None].to(runs_on(model))
-    more = {"decoder_input_ids": ids} if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else {}
     try:
         with evaluating(model):
-            model(**uncached(model, {"input_ids": ids, **more}))
+            model(**uncached(model, inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -296,15 +309,18 @@ def _norms_before(model: nn.Module, readers: Sequence[nn.Module]) -> dict[nn.Mod
 
 def _is_norm(part: nn.Module, width: int) -> bool:
     """Whether a module divides by a scale of its own, and is affine but for that."""
-    parameter = next(part.parameters(), None)
-    like = torch.zeros(()) if parameter is None else parameter
-    x = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0)).to(like)
+    if any(parameter.dim() > 1 for parameter in part.parameters()):
+        return False
+    device = next((parameter.device for parameter in part.parameters()), torch.device("cpu"))
+    x = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0)).double().to(device)
     try:
+        wide = copy.deepcopy(part).double()
         with FrozenScales(unit=True) as frozen:
-            zero, one, two, both = (part(t)[0].double() for t in (0 * x[:1], x[:1], x[1:2], x[:1] + x[1:2]))
+            zero, one, two, both = (wide(t)[0].double() for t in (0 * x[:1], x[:1], x[1:2], x[:1] + x[1:2]))
     except Exception:  # of whatever kind a foreign forward raises: no norm takes anything but states
         return False
-    return bool(frozen.count) and torch.allclose(both + zero, one + two, rtol=1e-3, atol=1e-3 * float(both.abs().max()))
+    # Families norm in float32 whatever comes in.
+    return bool(frozen.count) and torch.allclose(both + zero, one + two, rtol=1e-5, atol=1e-5 * float(both.abs().max()))
 
 
 def _storage(t: Tensor) -> int:
