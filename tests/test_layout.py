@@ -39,12 +39,22 @@ ORDER = [
     "surgery.export.forward", "surgery.export.sizes", "surgery.export.onnx_file", "surgery.export.program",   # programs
     "surgery.public", "surgery",                                                                          # the names
     "patches",
-    "surgery.plots.style", "surgery.plots.tokens", "surgery.plots.maps", "surgery.plots.patterns", "surgery.plots.curves",
-    "surgery.plots.notebook", "surgery.plots",                                                            # pictures
+    "surgery.plots.style", "surgery.plots.curves", "surgery.plots.tokens", "surgery.plots.maps",
+    "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",                                  # pictures
     "surgery.analysis", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
-    "surgery.analysis.reading", "surgery.analysis.replay", "surgery.analysis.statistics", "surgery.analysis.sweep",
-    "surgery.analysis.ablation", "surgery.analysis.repeats", "surgery.analysis.looking", "surgery.analysis.detectors",
-    "surgery.analysis.frozen", "surgery.analysis.logit_attribution", "surgery.analysis.structure",        # findings
+    "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.replay",
+    "surgery.analysis.sweep", "surgery.analysis.ablation", "surgery.analysis.objective",
+    "surgery.analysis.baselines", "surgery.analysis.attribution", "surgery.analysis.atpstar",
+    "surgery.analysis.labelled", "surgery.analysis.charts", "surgery.analysis.foldable",
+    "surgery.analysis.compatibility", "surgery.analysis.looking", "surgery.analysis.repeats",
+    "surgery.analysis.detectors", "surgery.analysis.edges", "surgery.analysis.forwards",
+    "surgery.analysis.effects", "surgery.analysis.exact", "surgery.analysis.frozen",
+    "surgery.analysis.promises", "surgery.analysis.weight_gradients", "surgery.analysis.gradients",
+    "surgery.analysis.held", "surgery.analysis.integrated", "surgery.analysis.importance",
+    "surgery.analysis.logit_attribution", "surgery.analysis.outcome", "surgery.analysis.pairs",
+    "surgery.analysis.patching", "surgery.analysis.paths", "surgery.analysis.tokens",
+    "surgery.analysis.vectors", "surgery.analysis.steering", "surgery.analysis.structure",
+    "surgery.analysis.public",                                                                            # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",
     "surgery.commands", "surgery.commands.shared", "surgery.commands.demo", "surgery.commands.inspect",

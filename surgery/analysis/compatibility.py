@@ -161,7 +161,7 @@ def compatibility(model: nn.Module) -> Compatibility:
     """
     anatomy = anatomy_of(model, strict=False)
     foreign = foreign_classes(model)
-    foldable = Foldable(model)
+    foldable = Foldable(model, anatomy)
     rows, unsupported = [], list(anatomy.unsupported)
     for attention in anatomy:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.anatomy import Attention
+from surgery.anatomy import Anatomy, Attention
 from surgery.cuts import Edit
 from surgery.export.affine import Unfoldable
 from surgery.export.biases import Biases
@@ -62,7 +62,7 @@ class _Outline(Weights):
             raise Unfoldable(f"{path} is a {type(module).__name__}, which stores more than a weight of numbers")
         for name in (f"{path}.weight", f"{path}.bias"):
             if name in self.shared:
-                raise Unfoldable(f"{name} is the weight of another module too (they are tied)")
+                raise Unfoldable(f"{name} is the weight of another module or attention too")
         return module
 
 
@@ -86,9 +86,9 @@ def stores_its_map(module: nn.Module) -> bool:
 class Foldable:
     """Asks, attention by attention, why a cut cannot be in the weights of a model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model, self.biases = model, Biases(model)
-        self.shared = Weights.of(model).shared
+        self.shared = Weights.of(model, anatomy).shared
         self.is_quantised = getattr(model, "hf_quantizer", None) is not None
 
     def why_not(self, attention: Attention) -> dict[str, str]:
