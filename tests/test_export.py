@@ -495,7 +495,7 @@ def test_no_code_of_the_folder_runs(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     (tmp_path / "out" / "model.safetensors").unlink()
     torch.save({"x": torch.ones(1)}, tmp_path / "out" / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ExportError, match="safetensors"):
         load_checkpoint(tmp_path / "out")
 
 
