@@ -19,6 +19,7 @@ from surgery.analysis.looking import JOBS
 from surgery.analysis.repeats import random_copies
 from surgery.analysis.structure import composition, copying_scores
 from surgery.demo import load_model
+from surgery.demo.data import repeated_sequences
 
 # Where heads look.
 
@@ -215,6 +216,44 @@ def test_a_metric_of_two_logits_and_cuts_that_stay() -> None:
     assert np.array_equal(cut.heads[:, 1, 2], np.zeros(2)) and np.abs(first.heads[:, 1, 2]).min() > 1e-4
     assert cut.matrix().shape == (LAYERS, HEADS) and "comes from" in repr(cut)
     assert cut.top(3, "MLP").kind.eq("MLP").all()
+
+
+def test_the_induction_head_writes_the_token_that_follows() -> None:
+    """In the second copy, where the first determines the next token; in the first copy it writes nothing of the kind."""
+    ids = repeated_sequences(8, 12, 64, 0)
+    second = direct_logit_attribution(load_model(), ids, tokens=ids[:, 19], position=18)
+    first = direct_logit_attribution(load_model(), ids, tokens=ids[:, 8], position=7)
+    assert second.top(1, "head")[["address", "head"]].values.tolist() == [["self.1", 3]]
+    assert second.matrix().loc["self.1", 3] > 4 > 10 * abs(first.matrix().loc["self.1", 3])
+    assert second.top(2).component.tolist() == ["MLP self.1", "self.1.3"]  # the MLP behind it sharpens what it wrote
+
+
+class Beside(nn.Module):
+    """A layer without attention: a state space, for example."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states + self.mix(hidden_states).cumsum(1)
+
+
+def test_layers_without_attention_are_components_of_their_own() -> None:
+    model, inputs = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    torch.manual_seed(0)
+    model.model.layers.insert(0, Beside(32))
+    model.config.num_hidden_layers += 1
+    model.config.layer_types = None
+    found = direct_logit_attribution(model, inputs, tokens=7)
+    adds_up(found)
+    assert found.frame.kind.value_counts()["layer"] == 1 and found.top(20, "layer").component.item() == "layer model.layers.0"
+    embedded = direct_logit_attribution(FAMILIES["llama"].build(), inputs, tokens=7).others["embedding"]
+    assert found.others["embedding"].shape == embedded.shape and np.abs(found.others["layer model.layers.0"]).min() > 1e-3
+    model.model.layers.append(Beside(32))
+    model.config.num_hidden_layers += 1
+    with pytest.raises(UnsupportedArchitectureError, match="model.layers.3: found that it comes behind the last layer with"):
+        direct_logit_attribution(model, inputs, tokens=7)
 
 
 class Capped(nn.Module):

@@ -20,8 +20,8 @@ from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.frozen import FrozenScales
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.replay import Layers, Recorded, recording, starting_at
-from surgery.anatomy import Anatomy, Attention
-from surgery.errors import SpecError, UnsupportedArchitectureError, describe
+from surgery.anatomy import Anatomy, Attention, grouped
+from surgery.errors import SpecError, UnsupportedArchitectureError, describe, listing
 from surgery.evaluation import evaluating, uncached
 from surgery.heads import heads_at
 from surgery.patch import anatomy_of, as_spec, patched, probed, session_of
@@ -42,9 +42,10 @@ class LogitAttribution:
     """What `direct_logit_attribution` found; it adds up: heads + others + constant = value, for each example, but for `gap`.
 
     heads: (example, layer, head), NaN where a layer has fewer heads; addresses: of the layers. others: name to (example,): the
-    embedding, and of each layer the bias of W_O and what its other module (MLP) adds. constant: what the final norm's shift and
-    the unembedding's bias add. value: (example,) of the metric. gap: the largest difference, of rounding.
-    frame: a row for each component: component, kind (head, bias, MLP, embedding, constant), address, head, value (the mean over
+    embedding, of each layer the bias of W_O and what its other module (MLP) adds, and what layers without attention add.
+    constant: what the final norm's shift and the unembedding's bias add. value: (example,) of the metric. gap: the largest
+    difference, of rounding.
+    frame: a row for each component: component, kind (head, bias, MLP, layer, embedding, constant), address, head, value (the mean over
     examples).
     """
 
@@ -96,7 +97,7 @@ class LogitAttribution:
             {"direct effect of each head": self.matrix().to_numpy()},
             layers=[address.removeprefix("self.") for address in self.addresses],
             title="Direct logit attribution",
-            subtitle=f"{self.metric.name} {self.value.mean():.3g} {self.metric.unit}",
+            subtitle=f"{self.metric.name}: {self.value.mean():.3g}, mean of {len(self.value)} examples",
             unit=f"contribution ({self.metric.unit or self.metric.name})",
         )
 
@@ -159,8 +160,8 @@ class _Forward:
 class _Call:
     """One run of a layer, at the position: what came in, what its heads wrote, and what its modules gave."""
 
-    def __init__(self, incoming: Tensor) -> None:
-        self.incoming = incoming
+    def __init__(self, name: str, incoming: Tensor) -> None:
+        self.name, self.incoming = name, incoming
         self.results: list[tuple[str, Tensor, Tensor | None]] = []
         self.outputs: list[Tensor] = []
         self.rest: Tensor | None = None
@@ -172,6 +173,10 @@ class _Stream:
     def __init__(self, model: nn.Module, anatomy: Anatomy, layers: Layers, forward: _Forward) -> None:
         self.model, self.anatomy, self.layers, self.forward = model, anatomy, layers, forward
         self.names = {module: name for name, module in model.named_modules()}
+        lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+        own = set(layers.modules)
+        # Layers of the same list without attention (state spaces) write into the stream as well.
+        self.others = [part for of in lists if own & set(of) for part in of if part not in own]
         self.calls: list[_Call] = []
         self.shape: tuple[int, ...] = ()
         self.last: Tensor | None = None
@@ -181,16 +186,18 @@ class _Stream:
 
     def run(self) -> None:
         """One forward, in which all is noted and proved."""
-        if problems := [text for a in self.anatomy for text in a.underived("result")]:
-            raise _unsupported("W_O of an attention", problems[0].replace("\0", "an attention"))
+        if problems := grouped((a, text) for a in self.anatomy for text in a.underived("result")):
+            raise UnsupportedArchitectureError(listing("direct_logit_attribution", problems))
         probes = {
             a.address: [Probe("result", None, functools.partial(self._result, a))] for a in self.anatomy if a.kind == "self"
         }
         with probed(self.model, probes, strict=False), self._watched(), recording(self.layers) as recorded:
             self.forward()
         self.recorded = recorded
-        if not self.calls:
+        if not recorded.calls:
             raise _unsupported("the model", "no layers with attention in a module list")
+        if self.calls[-1].name in map(self.names.get, self.others):
+            raise _unsupported(self.calls[-1].name, "that it comes behind the last layer with attention, and has none")
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -199,6 +206,9 @@ class _Stream:
             handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles += [part.register_forward_hook(self._part) for part in layer.modules() if part is not layer]
             handles.append(layer.register_forward_hook(self._leave))
+        for layer in self.others:
+            handles.append(layer.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._leave_other))
         try:
             yield
         finally:
@@ -211,9 +221,9 @@ class _Stream:
         if states is None or states.dim() != 3 or len(states) != self.forward.rows:
             raise _unsupported(name, "that it does not read states (batch, position, d_model)")
         if self.last is not None and not (states.shape == self.last.shape and torch.equal(states, self.last)):
-            raise _unsupported(name, "that it does not read what the layer with attention before it gave")
+            raise _unsupported(name, "that it does not read what the layer before it gave")
         self.shape, self.is_inside = tuple(states.shape), True
-        self.calls.append(_Call(self._at(states)))
+        self.calls.append(_Call(name, self._at(states)))
 
     def _part(self, part: nn.Module, args: Any, output: Any) -> None:
         if self.is_inside:
@@ -230,17 +240,25 @@ class _Stream:
         bias = heads_at(self.model, self.anatomy, attention.address).b_O
         self.calls[-1].results.append((address, result[:, :, self.forward.position].double(), bias))
 
-    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _leave_other(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self.calls[-1].rest = self._added(layer, output)
+
+    def _added(self, layer: nn.Module, output: Any) -> Tensor:
+        """(batch, d_model): what a layer has added to the stream."""
         leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and tuple(t.shape) == self.shape]
         if not leaves:
             raise _unsupported(self.names[layer], "an output of another shape than its input")
-        self.is_inside, self.last, call = False, leaves[0], self.calls[-1]
-        added = self._at(leaves[0]) - call.incoming
+        self.is_inside, self.last = False, leaves[0]
+        return self._at(leaves[0]) - self.calls[-1].incoming
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        added, call = self._added(layer, output), self.calls[-1]
+        assert self.last is not None
         rest = added.clone()
         for _, result, bias in call.results:
             rest -= result.sum(1) + (0 if bias is None else bias.double())
         # Each entry of a sum is rounded as the stream is there; results, as the largest of them.
-        close = CLOSE.get(leaves[0].dtype, ROUGH) * (self._at(leaves[0]).abs() + added.abs().max())
+        close = CLOSE.get(self.last.dtype, ROUGH) * (self._at(self.last).abs() + added.abs().max())
         if bool((rest.abs() > close).any()):
             call.rest = next((given for given in call.outputs if bool(((rest - given).abs() <= close).all())), None)
             if call.rest is None:
@@ -300,15 +318,14 @@ def _added_up(stream: _Stream, gradient: Tensor, value: Tensor, constant: Tensor
     heads = np.full((len(value), len(results), max((r.shape[1] for _, r, _ in results), default=0)), np.nan)
     others = {"embedding": read(stream.calls[0].incoming)}
     row = 0
-    for number, call in enumerate(stream.calls):
-        name = call.results[0][0] if call.results else f"layer {number}"
+    for call in stream.calls:
         for address, result, bias in call.results:
             heads[:, row, : result.shape[1]] = read(result)
             row += 1
             if bias is not None:
                 others[f"bias {address}"] = read(bias.double().expand(len(value), -1))
         if call.rest is not None:
-            others[f"MLP {name}"] = read(call.rest)
+            others[f"MLP {call.results[0][0]}" if call.results else f"layer {call.name}"] = read(call.rest)
     addresses = [address for address, _, _ in results]
     return LogitAttribution(addresses, heads, others, constant.cpu().numpy(), value.cpu().numpy(), metric)
 

@@ -113,7 +113,7 @@ def fitting_segment(model: nn.Module, segment: int | None, name: str, bos: int |
     """A segment of which two copies fit into the model's positions, of no more than so many tokens. Raises SurgeryError."""
     positions = getattr(_config(model), "max_position_embeddings", None)
     limits = {} if tokens is None else {f"{tokens} tokens in the vocabulary": tokens}
-    if positions is not None:
+    if positions is not None and positions > 0:  # -1 stands for any number
         limits[f"two copies within {positions} positions"] = (positions - (bos is not None)) // 2
     most = min(limits.values(), default=SEGMENT if segment is None else segment)
     if segment is None:

@@ -212,8 +212,7 @@ def copying_scores(model: nn.Module, layers: Any = None, inputs: Any = None) -> 
     which norms are found; needed only for models that read more than tokens.
     Raises SpecError for a model without an unembedding, or whose embeddings have another width than its stream.
     """
-    module: Any = model
-    embedding, unembedding = module.get_input_embeddings(), module.get_output_embeddings()
+    embedding, unembedding = _embeddings(model)
     if embedding is None or unembedding is None:
         found = f"a {type(model).__name__} without {'input' if embedding is None else 'output'} embeddings"
         raise SpecError(describe("copying_scores", found, "a language model", "Load it with its head."))
@@ -227,15 +226,20 @@ def copying_scores(model: nn.Module, layers: Any = None, inputs: Any = None) -> 
     norms = _norms_before(model, [*readers.values(), unembedding], _given(model, inputs))
     notes: list[str] = []
     gain = _gain(norms.get(unembedding), w_u.shape[0], "the unembedding", notes)
+    if w_u.shape[0] != embedding.weight.shape[1]:
+        found = f"embeddings of {embedding.weight.shape[1]} channels, an unembedding of {w_u.shape[0]}"
+        raise SpecError(describe("copying_scores", found, "one width", "Multiply what lies between by hand."))
     back = gain @ _product(w_u, embedding.weight)  # d_model × d_model: G' W_U W_E
     rows = []
     for attention in chosen:
         circuit = _circuit(heads_at(model, anatomy, attention.address), "v", notes)
         if circuit is None:
             continue
-        if circuit.shape[-1] != len(back) or circuit.shape[-2] != back.shape[1]:
-            found = f"a stream of {circuit.shape[-1]} channels, embeddings of {back.shape[1]} and an unembedding of {len(back)}"
-            raise SpecError(describe("copying_scores", found, "one width", "Multiply what lies between by hand."))
+        if tuple(circuit.shape[-2:]) != tuple(back.shape):
+            notes.append(
+                f"{attention.address}: reads {circuit.shape[-2]} channels and writes {circuit.shape[-1]}, not {len(back)}"
+            )
+            continue
         before = _gain(norms.get(readers[attention.address]), back.shape[1], attention.address, notes)
         core = circuit.B.double() @ back @ before @ circuit.A.double()  # (head, d_head, d_head)
         values = torch.linalg.eigvals(core)
@@ -244,6 +248,14 @@ def copying_scores(model: nn.Module, layers: Any = None, inputs: Any = None) -> 
             score = total / all_sizes if all_sizes > 0 else np.nan
             rows.append({"address": attention.address, "head": head, "score": score, "trace": total})
     return Copying(pd.DataFrame(rows, columns=["address", "head", "score", "trace"]), list(dict.fromkeys(notes)))
+
+
+def _embeddings(model: Any) -> tuple[Any, Any]:
+    """What transformers says is the embedding of tokens, and the unembedding; None where there is none."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None, None
 
 
 def _product(w_u: Tensor, w_e: Tensor, block: int = 16384) -> Tensor:
