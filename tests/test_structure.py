@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from families import FAMILIES, HEADS, LAYERS
 from torch import Tensor, nn
 
+import surgery
 from surgery import Edit, Freeze, NoMatchError, SpecError, UnsupportedArchitectureError, patch_model, weights
 from surgery.analysis import metrics
 from surgery.analysis.detectors import detect_heads
@@ -20,6 +23,8 @@ from surgery.analysis.repeats import random_copies
 from surgery.analysis.structure import composition, copying_scores
 from surgery.demo import load_model
 from surgery.demo.data import repeated_sequences
+
+PACKAGE = Path(surgery.__file__).parent
 
 # Where heads look.
 
@@ -252,7 +257,7 @@ def test_layers_without_attention_are_components_of_their_own() -> None:
     assert found.others["embedding"].shape == embedded.shape and np.abs(found.others["layer model.layers.0"]).min() > 1e-3
     model.model.layers.append(Beside(32))
     model.config.num_hidden_layers += 1
-    with pytest.raises(UnsupportedArchitectureError, match="model.layers.3: found that it comes behind the last layer with"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"model.layers.3: found that it comes behind the last layer with"):
         direct_logit_attribution(model, inputs, tokens=7)
 
 
@@ -412,3 +417,15 @@ def test_copying_in_the_demo_model_and_what_is_left_out() -> None:
     np.testing.assert_allclose(half[1].frame.score, half[0].frame.score, atol=0.02)  # bfloat16 has 8 bits
     with pytest.raises(SpecError, match="without output embeddings"):
         copying_scores(FAMILIES["llama"].build().model)
+
+
+def test_the_demo_needs_no_extra() -> None:
+    """What it shares with the findings, and the pictures, do without pandas and scipy, which come with an extra."""
+    names = ["analysis/looking.py", "analysis/repeats.py", "analysis/__init__.py"]
+    shared = [PACKAGE / name for name in names] + [*(PACKAGE / "plots").glob("*.py"), *(PACKAGE / "demo").glob("*.py")]
+    for path in shared:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(import|from) (pandas|scipy)", text, re.M), path
+        ours = re.findall(r"^from (surgery\.analysis\.\w+) import", text, re.M)
+        assert set(ours) <= {"surgery.analysis.looking", "surgery.analysis.repeats"}, path
+    assert re.search(r"^import pandas", (PACKAGE / "analysis/detectors.py").read_text(encoding="utf-8"), re.M)

@@ -45,8 +45,8 @@ class LogitAttribution:
     embedding, of each layer the bias of W_O and what its other module (MLP) adds, and what layers without attention add.
     constant: what the final norm's shift and the unembedding's bias add. value: (example,) of the metric. gap: the largest
     difference, of rounding.
-    frame: a row for each component: component, kind (head, bias, MLP, layer, embedding, constant), address, head, value (the mean over
-    examples).
+    frame: a row for each component: component, kind (head, bias, MLP, layer, embedding, constant), address, head, value (the
+    mean over examples).
     """
 
     def __init__(
