@@ -110,6 +110,7 @@ def check_gradients(model: Any, spec: Any, inputs: Any, loss: Any = None) -> Gra
       `.grad` and `requires_grad` neither. spec: a Spec, one or several cuts. inputs: see `surgery.analysis.batches.batches`.
     loss: a callable of the output, a Metric or its name; the mean of `surgery.analysis.metrics.loss` by default.
     The gradient of a weight is that through its projection alone, also where another module has the same weight.
+    It takes four forward and backward passes for each batch, and the memory of three gradients of the attention's weights.
 
     Promises: "stopgrad" lets exactly (1 - strength) of the gradient behind it through to what it replaced, none at all at
     strength 1; so does an edit that replaces without a backward mode of its own. "ste" hands it on bit for bit.
