@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from surgery.commands.ablate import ablate
 from surgery.commands.demo import demo
 from surgery.commands.families import families
 from surgery.commands.generate import generate
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (demo, inspect, patch, verify, generate, families, schema):
+for command in (demo, inspect, patch, verify, generate, ablate, families, schema):
     app.command()(command)
 
 

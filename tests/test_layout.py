@@ -57,9 +57,9 @@ ORDER = [
     "surgery.analysis.public",                                                                            # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",
-    "surgery.commands", "surgery.commands.shared", "surgery.commands.demo", "surgery.commands.inspect",
-    "surgery.commands.patch", "surgery.commands.verify", "surgery.commands.generate", "surgery.commands.families",
-    "surgery.commands.schema", "surgery.cli",                                                             # on top
+    "surgery.commands", "surgery.commands.shared", "surgery.commands.ablate", "surgery.commands.demo",
+    "surgery.commands.inspect", "surgery.commands.patch", "surgery.commands.verify", "surgery.commands.generate",
+    "surgery.commands.families", "surgery.commands.schema", "surgery.cli",                                # on top
 ]  # fmt: skip
 ENGINE = ORDER[: ORDER.index("surgery") + 1]
 

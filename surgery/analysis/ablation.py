@@ -23,6 +23,7 @@ from surgery.cuts import CIRCUITS
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of
+from surgery.plots import effect_bars, head_maps
 from surgery.spec import Freeze, Spec
 
 Head = tuple[str, int]
@@ -99,6 +100,34 @@ class Study:
         rows = self.frame[self.frame.metric == (metric or self.frame.metric.iloc[0])]
         index = ["address", "head"] if rows["head"].notna().all() else ["address"]
         return rows.pivot_table(index=index, columns="circuit", values=column, aggfunc="mean", sort=False)
+
+    def picture(self, metric: str | None = None) -> Any:
+        """Heat maps of the effects over layer × head, the circuits side by side; of studies of single heads.
+
+        A matplotlib Figure; `surgery.plots.save` writes it. Raises SpecError for a study of groups.
+        """
+        name = metric or self.frame.metric.iloc[0]
+        tables = {circuit: self.matrix(circuit, name) for circuit in self.frame.circuit.unique()}
+        first = next(iter(tables.values()))
+        unit = self.frame[self.frame.metric == name].unit.iloc[0]
+        title = f"{self.examples.shape[-1]} examples; {name} without cuts {self.baseline_of(name):.3g}"
+        names = {"qk": "QK frozen", "ov": "OV frozen", "both": "both frozen"}
+        return head_maps(
+            {names[circuit]: table.to_numpy() for circuit, table in tables.items()},
+            layers=list(first.index),
+            title="What freezing each head changes",
+            subtitle=title,
+            unit=f"change of {name}" + (f" ({unit})" if unit else ""),
+        )
+
+    def bars(self, count: int = 12, metric: str | None = None) -> Any:
+        """The largest effects as bars with their confidence intervals, circuits side by side: a matplotlib Figure."""
+        title = "The largest effects, with 95 % intervals over examples"
+        return effect_bars(self.frame, count=count, metric=metric, title=title)
+
+    def baseline_of(self, metric: str) -> float:
+        """The mean of a metric without cuts."""
+        return float(self.frame[self.frame.metric == metric].baseline.iloc[0])
 
 
 def ablation_study(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.forwards import forward, kernel_of
-from surgery.analysis.metrics import Measured, _losses, _predicts_the_next, _present
+from surgery.analysis.metrics import Measured, losses_of, predicts_the_next, present
 from surgery.errors import SpecError, closest, describe
 from surgery.evaluation import evaluating
 from surgery.patch import as_spec, patched
@@ -220,11 +220,11 @@ def _compared(model: Any, batch: Batch, before: Any, after: Any, wanted: str | N
         one, other = one[None], other[None]
     if not positions:
         one, other = (t[:, None] if is_distribution else t.flatten(1)[:, None] for t in (one, other))
-    present = _present(Measured(model, batch, after, None, None), one) if positions else _everywhere(one)
+    shown = present(Measured(model, batch, after, None, None), one) if positions else _everywhere(one)
     parts = [_row(*pair, is_distribution) for pair in zip(one, other, strict=True)]
     for measure in parts[0]:
         values = torch.stack([part[measure] for part in parts]).cpu()
-        found.arrays[measure] = torch.where(present.cpu(), values, torch.nan).numpy()
+        found.arrays[measure] = torch.where(shown.cpu(), values, torch.nan).numpy()
     if is_distribution:
         _add_loss(found, model, batch, before, after)
     return found
@@ -277,14 +277,14 @@ def _without_nan(change: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 def _add_loss(found: _Batch, model: Any, batch: Batch, before: Any, after: Any) -> None:
     labels = batch.get("labels")
-    if labels is None and _predicts_the_next(model) and found.positions:
+    if labels is None and predicts_the_next(model) and found.positions:
         labels = batch.get("input_ids")
     classes = before.logits.shape[:-1]
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != classes:
         found.notes.append("No loss: there are no labels of tokens or classes among the inputs.")
         return
     shape = found.arrays["largest"].shape
-    pair = [_losses(Measured(model, batch, output, output.logits, None), None) for output in (before, after)]
+    pair = [losses_of(Measured(model, batch, output, output.logits, None), None) for output in (before, after)]
     (one, counted), (other, _) = pair
     for name, losses in (("loss_before", one), ("loss_after", other), ("loss", _without_nan(other - one, one, other))):
         found.arrays[name] = np.full(shape, np.nan)

@@ -62,12 +62,12 @@ def loss(positions: Sequence[int] | None = None) -> Metric:
     Labels of -100 and padding (attention_mask 0) do not count. positions: of the tokens that are predicted, from 0, to count
     these alone. Causal models predict labels one position on, as transformers' own loss has it.
     """
-    return Metric("loss", "nats per token", lambda m: _mean(*_losses(m, positions)))
+    return Metric("loss", "nats per token", lambda m: _mean(*losses_of(m, positions)))
 
 
 def perplexity(positions: Sequence[int] | None = None) -> Metric:
     """exp of `loss`, per example."""
-    return Metric("perplexity", "", lambda m: _mean(*_losses(m, positions)).exp())
+    return Metric("perplexity", "", lambda m: _mean(*losses_of(m, positions)).exp())
 
 
 def accuracy(positions: Sequence[int] | None = None) -> Metric:
@@ -108,7 +108,7 @@ def kl(positions: Sequence[int] | None = None) -> Metric:
     def of(m: Measured) -> Tensor:
         logits, clean = _logits(m).double().log_softmax(-1), _required(m.clean, "clean logits").double().log_softmax(-1)
         found = (clean.exp() * (clean - logits)).sum(-1)
-        return found if found.dim() == 1 else _mean(found, _present(m, found))
+        return found if found.dim() == 1 else _mean(found, present(m, found))
 
     return Metric("KL", "nats", of, None if positions is None else tuple(positions))
 
@@ -153,21 +153,21 @@ def _targets(m: Measured, positions: Sequence[int] | None) -> tuple[Tensor, Tens
         labels = _required(m.inputs.get("input_ids"), "labels or input_ids")
         is_shifted = True
     else:
-        is_shifted = _predicts_the_next(m.model)
-    counted = _only(_present(m, labels) & (labels != -100), labels.shape[1], positions)
+        is_shifted = predicts_the_next(m.model)
+    counted = _only(present(m, labels) & (labels != -100), labels.shape[1], positions)
     if is_shifted:
         logits, labels, counted = logits[:, :-1], labels[:, 1:], counted[:, 1:]
     return logits, labels.clamp(min=0), counted
 
 
-def _losses(m: Measured, positions: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+def losses_of(m: Measured, positions: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """(batch, target): the loss of each token, and which count."""
     logits, targets, counted = _targets(m, positions)
     losses = F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="none")
     return losses.view(targets.shape), counted
 
 
-def _present(m: Measured, like: Tensor) -> Tensor:
+def present(m: Measured, like: Tensor) -> Tensor:
     """(batch, position): where the inputs have no padding."""
     name = "decoder_attention_mask" if "decoder_input_ids" in m.inputs else "attention_mask"
     mask = m.inputs.get(name)
@@ -190,7 +190,7 @@ def _only(counted: Tensor, length: int, positions: Sequence[int] | None) -> Tens
     return counted & chosen[length - counted.shape[1] :]
 
 
-def _predicts_the_next(model: Any) -> bool:
+def predicts_the_next(model: Any) -> bool:
     """Whether labels are predicted one position on, as the losses of transformers have it: by the kind of the model's class."""
     is_in_place = getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration")
     return not is_in_place and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
