@@ -11,6 +11,7 @@ import transformers
 from families import FAMILIES
 from torch import Tensor, nn
 
+from benchmarks import importance
 from surgery import Edit, Freeze, NoMatchError, Spec, SpecError, capture, collect_reference, patch_model, patched, unpatch_model
 from surgery.analysis import metrics
 from surgery.analysis.atpstar import one_key_changed
@@ -552,6 +553,15 @@ def test_the_strongest_edge_of_the_demo_model_is_into_the_induction_heads_key() 
         found.edge_matrix("z")
     best = edges.loc[edges.score.abs().idxmax()]
     assert (best.address, best["head"], best.to_address, best.to_head, best.input) == ("self.0", 0, "self.1", 3, "k")
+
+
+def test_the_benchmark_counts_right() -> None:
+    rows = list(importance.measure(importance.Settings(rounds=2, layers=2, heads=4, d_head=4, batch=2, length=8)))
+    assert len({(row["group"], row["what"]) for row in rows}) == len(rows) == len(importance.METHODS) + 4 * 2
+    costs, ranks = rows[: len(importance.METHODS)], rows[len(importance.METHODS) :]
+    assert [(row["forwards"], row["backwards"]) for row in costs] == [(1, 1), (2, 1), (3, 1), (3, 3), (10, 8)]
+    assert all(0 < row["low"] <= row["value"] <= row["high"] for row in costs)
+    assert all(-1 <= row["value"] <= 1 for row in ranks)
 
 
 # -- any model, any state -----------------------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""What scores of all heads cost, in forwards, and how they rank: `python -m benchmarks.importance [--quick] [--json FILE]`.
+
+A random GPT-2 of the small model's shape, the metric a logit difference at the last position. Every method runs alternately
+with one plain forward of the same model (`benchmarks.timing`). Ranks are compared with exact patching of every head's circuits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, models, results
+from benchmarks.results import Row, row
+from benchmarks.timing import interleave
+from surgery import patch_model
+from surgery.analysis.importance import head_importance
+from surgery.analysis.metrics import logit_difference
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the measurement. every: a token in so many is another in the corrupted inputs."""
+
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+    rounds: int = 5
+    layers: int = 12
+    heads: int = 12
+    d_head: int = 64
+    batch: int = 4
+    length: int = 128
+    every: int = 4
+    ranks: bool = True
+
+
+QUICK = Settings(rounds=2, batch=1, length=32, ranks=False)
+METHODS: tuple[tuple[str, dict[str, Any], float | None], ...] = (
+    ("attribution patching, to zero", {"method": "atp", "to": "zero"}, None),
+    ("attribution patching, to corrupted", {"method": "atp"}, None),
+    ("AtP* without GradDrop", {"method": "atp*", "drop_layers": False}, None),
+    ("AtP*", {"method": "atp*"}, None),
+    ("integrated gradients, 4 steps, one path", {"method": "ig", "steps": 4, "path": "all"}, None),
+)
+
+
+def measure(s: Settings) -> Iterator[Row]:
+    """Costs in forwards, then Spearman's rank correlations of magnitudes, by circuit."""
+    model = models.gpt2(s.layers, s.heads, s.heads * s.d_head, head=True, device=s.device, seed=s.seed)
+    patch_model(model)
+    clean, other = (models.tokens(s.batch, s.length, s.device, s.seed + n) for n in range(2))
+    corrupted = torch.where(torch.arange(s.length, device=s.device) % s.every == 1, other, clean)
+    metric = logit_difference(5, 7)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(clean, use_cache=False, logits_to_keep=1)
+
+    def score(options: dict[str, Any]) -> Any:
+        return head_importance(model, clean, corrupted, metric, **options)
+
+    group = f"scores of {s.layers * s.heads} heads × QK and OV, GPT-2, {s.batch} × {s.length} tokens, over one forward"
+    for what, options, target in METHODS:
+        pairs = interleave(forward, lambda: score(options), rounds=s.rounds, seed=s.seed, device=s.device, warmup=1)  # noqa: B023
+        found = score(options)
+        yield row(group, what, {**pairs.to_dict(), "forwards": found.forwards, "backwards": found.backwards}, target)
+    if not s.ranks:
+        return
+    exact = score({"method": "ablation"}).frame
+    for what, options, _ in METHODS[1:]:
+        frame = score(options).frame.assign(exact=exact.exact.abs())
+        for circuit, rows in frame.groupby("circuit", sort=False):
+            value = float(rows.magnitude.corr(rows.exact, method="spearman"))
+            yield row(
+                "rank correlation with exact patching", f"{what}: {circuit}", dict.fromkeys(("value", "low", "high"), value)
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds and short sequences, to see that it runs")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sizes = asdict(QUICK if given.quick else Settings())
+    sizes |= {"device": given.device, "threads": given.threads, "seed": given.seed, "rounds": given.rounds or sizes["rounds"]}
+    torch.set_num_threads(given.threads)
+    settings = Settings(**sizes)
+    rows = list(measure(settings))
+    results.show(rows)
+    about = machine.describe(settings.device)
+    print(machine.sentence(about))
+    if given.json is not None:
+        content = {"benchmark": "importance", "machine": about, "settings": asdict(settings), "rows": rows}
+        results.save(given.json, content)
+
+
+if __name__ == "__main__":
+    main()
