@@ -22,6 +22,7 @@ from surgery.demo.data import repeated_sequences
 from surgery.errors import NoMatchError, SpecError, SurgeryError
 from surgery.patch import anatomy_of
 from surgery.plots import save
+from surgery.reference import Entry, Reference
 
 DEPTH = 3
 """Layers: a path goes past a whole layer in between."""
@@ -106,14 +107,12 @@ class Hooked:
                 value = last_logit(self.model(**inputs, use_cache=False))
         return value.double().numpy(), seen, gave
 
-    def path(
-        self, clean: dict[str, Tensor], corrupted: dict[str, Tensor], sender: tuple[int, int], receivers: Any, hold: bool
-    ) -> np.ndarray:
-        """The three runs. receivers: (layer, head, what) that are patched together, or "logits"."""
+    def path(self, clean: dict[str, Tensor], corrupted: Any, sender: tuple[int, int], receivers: Any, hold: bool) -> np.ndarray:
+        """The three runs. corrupted: inputs, or the sender's z; receivers: patched together, (layer, head, what) each."""
         _, base, mlps = self.run(clean)
-        _, other, _ = self.run(corrupted)
         frozen = {key: value for key, value in base.items() if key[1] == "z"}
-        frozen[sender[0], "z", sender[1]] = other[sender[0], "z", sender[1]]
+        key = sender[0], "z", sender[1]
+        frozen[key] = corrupted if isinstance(corrupted, Tensor) else self.run(corrupted)[1][key]
         direct, told, _ = self.run(clean, frozen, mlps if hold else None)
         if receivers == "logits":
             return direct
@@ -173,6 +172,42 @@ def test_a_neighbour_in_the_group_reads_the_clean_keys() -> None:
     found = path_patching(model, clean, corrupted, last_logit, senders=[(0, 3)], receivers=receivers, **QUIET)
     alone = [found.effect(key).values.item() for key in found.keys]
     assert len({round(effect, 8) for effect in alone}) == 3 and all(abs(effect) > 1e-7 for effect in alone)
+
+
+@pytest.mark.parametrize("to", ["zero", "mean", "resample"])
+def test_other_replacements_are_those_of_hooks(to: str) -> None:
+    """The sender's z becomes zero, its mean over batch and positions, or that of another row; no corrupted inputs needed."""
+    model, hooked, (clean, _) = build("gpt2"), Hooked("gpt2"), pair("gpt2")
+    found = path_patching(model, clean, None, last_logit, [(0, 1)], [(2, 3, "v"), "logits"], to, **QUIET)
+    assert found.corrupted is None and found.to_frame().recovery.isna().all()
+    z = hooked.run(clean)[1][0, "z", 1]
+    new = {"zero": torch.zeros_like(z), "mean": z.mean((0, 1)).expand_as(z), "resample": z.roll(1, 0)}[to]
+    for key, receivers in zip(found.keys, ([(2, 3, "v")], "logits"), strict=True):
+        expected = hooked.path(clean, new, (0, 1), receivers, False)
+        np.testing.assert_allclose(found.examples[key].values[0, 0], expected, rtol=0, atol=CLOSE)
+        assert np.abs(expected - found.clean).max() > 1e-7
+    reference = Reference("activation", {("self.0", "z"): Entry(new[:, :, None].transpose(1, 2), None, (1,))})
+    given = path_patching(model, clean, None, last_logit, [(0, 1)], [(2, 3, "v"), "logits"], reference, **QUIET)
+    for key in found.keys:
+        np.testing.assert_allclose(given.examples[key].values, found.examples[key].values, rtol=0, atol=CLOSE)
+
+
+def test_attentions_that_do_not_run_send_nothing() -> None:
+    """The decoder alone, given what the encoder said: encoder heads are no senders, and asking for one is an error."""
+    family = FAMILIES["bart"]
+    model, clean, corrupted = family.build(), family.inputs(seed=0, padding=0), family.inputs(seed=1, padding=0)
+    given = []
+    for inputs in (clean, corrupted):
+        with torch.no_grad():
+            states = model.get_encoder()(input_ids=inputs["input_ids"])
+        given.append({"encoder_outputs": states, "decoder_input_ids": inputs["decoder_input_ids"]})
+    found = path_patching(model, *given, last_logit, receivers=[("decoder.cross.1", 0, "q")], **QUIET)
+    whole = path_patching(model, clean, corrupted, last_logit, receivers=[("decoder.cross.1", 0, "q")], **QUIET)
+    assert found.value().axes["layer"] == tuple(a for a in whole.value().axes["layer"] if a.startswith("decoder."))
+    for layer in found.value().axes["layer"]:
+        np.testing.assert_allclose(found.value().at(layer=layer).values, whole.value().at(layer=layer).values, rtol=1e-5)
+    with pytest.raises(NoMatchError, match=r"senders: found encoder\.self\.0 head 1; expected heads of decoder"):
+        path_patching(model, *given, last_logit, [("encoder.self.0", 1)], **QUIET)
 
 
 def test_memory_is_bounded_by_tokens() -> None:

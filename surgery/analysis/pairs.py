@@ -13,8 +13,12 @@ from surgery.analysis.batches import Batch, batches
 from surgery.analysis.reading import Reading
 from surgery.analysis.sweep import Sweep
 from surgery.captures import capture
-from surgery.errors import SpecError, describe
+from surgery.errors import SpecError, closest, describe
 from surgery.reference import Entry, Reference
+from surgery.spec import Edit
+
+TO = ("corrupted", "zero", "mean", "resample")
+"""What is put in, in words."""
 
 
 @dataclass
@@ -24,6 +28,30 @@ class Observed:
     batch: Batch
     sweep: Sweep
     seen: Reference | None
+
+
+def replacement(to: Any, corrupted: Any) -> str | Reference:
+    """What is patched in: a word of TO or a Reference (of a captured run, its own). Raises SpecError for anything else.
+
+    Also for "corrupted" without corrupted inputs.
+    """
+    to = to.reference() if callable(getattr(to, "reference", None)) else to
+    if not isinstance(to, Reference) and (not isinstance(to, str) or to not in TO):
+        found = repr(to) if isinstance(to, str) else f"a {type(to).__name__}"
+        raise SpecError(describe("to", found, f"{', '.join(map(repr, TO))}, or a Reference", closest(to, TO) or "Choose one."))
+    if corrupted is None and to == "corrupted":
+        do = "Pass corrupted inputs, or to='zero', 'mean', 'resample' or a Reference."
+        raise SpecError(describe("corrupted", "None", "the inputs of the other run", do))
+    return to
+
+
+def patch(site: str, given: str | Reference, address: str, heads: Sequence[int] | None, **options: Any) -> Edit:
+    """The edit that puts a replacement in at one attention. heads: None for all."""
+    options = {"layers": [address], "heads": "all" if heads is None else heads, **options}
+    if not isinstance(given, Reference):
+        return Edit(site, given, **options)
+    action = "activation" if given.kind == "activation" else "mean"
+    return Edit(site, action, reference=part(given, address, site, heads), **options)
 
 
 def observe(

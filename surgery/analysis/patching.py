@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
-from surgery.analysis.pairs import Observed, measured, observe, paired_batches, part
+from surgery.analysis.pairs import Observed, measured, observe, paired_batches, patch, replacement
 from surgery.analysis.reading import Reading
 from surgery.anatomy import Anatomy, Attention
 from surgery.cuts import GROUPED
@@ -26,7 +26,6 @@ from surgery.sites import SITES
 from surgery.spec import Edit, Spec
 
 OVER = ("layer", "head", "position")
-TO = ("corrupted", "zero", "mean", "resample")
 DIRECTIONS = ("noising", "denoising")
 
 
@@ -80,8 +79,8 @@ def activation_patching(
     reading, anatomy = Reading([metric]), anatomy_of(model)
     sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
     over = (over,) if isinstance(over, str) else tuple(over)
-    to = to.reference() if callable(getattr(to, "reference", None)) else to
-    _check(sites, over, to, direction, corrupted)
+    to = replacement(to, corrupted)
+    _check(sites, over, to, direction)
     checked = Edit("z", "identity", layers=layers, heads=heads)  # the same checks as a cut of the same selection
     choice = Choice(
         tuple(axis for axis in OVER if axis in over),
@@ -206,18 +205,8 @@ def _edits(
             positions = tuple(sorted({_placed(p, lengths[attention.address]) for p in choice.positions}))
         if positions is not None and positions[0] >= lengths[attention.address]:
             continue
-        options: dict[str, Any] = {
-            "layers": [attention.address],
-            "heads": "all" if heads is None else heads,
-            "positions": positions,
-            "gqa": choice.gqa if site in GROUPED else "isolated",
-            "seed": choice.seed,
-        }
-        if isinstance(given, Reference):
-            action = "activation" if given.kind == "activation" else "mean"
-            yield Edit(site, action, reference=part(given, attention.address, site, heads), **options)
-        else:
-            yield Edit(site, given, **options)
+        gqa = choice.gqa if site in GROUPED else "isolated"
+        yield patch(site, given, attention.address, heads, positions=positions, gqa=gqa, seed=choice.seed)
 
 
 def _placed(position: int, length: int) -> int:
@@ -248,7 +237,7 @@ def _joined(parts: Sequence[Labelled]) -> Labelled:
     return Labelled(values, {**places, "example": range(values.shape[-1])}, first.name, first.unit, present)
 
 
-def _check(sites: Sequence[str], over: Sequence[str], to: Any, direction: str, corrupted: Any) -> None:
+def _check(sites: Sequence[str], over: Sequence[str], to: str | Reference, direction: str) -> None:
     """Raises SpecError for options that are not there, or do not go together."""
     if not sites:
         raise SpecError(describe("sites", "none", "at least one", f"Choose from {', '.join(SITES)}."))
@@ -256,12 +245,6 @@ def _check(sites: Sequence[str], over: Sequence[str], to: Any, direction: str, c
         if wrong := [word for word in found if word not in known]:
             do = closest(wrong[0], known) or "Choose of these."
             raise SpecError(describe(what, repr(wrong[0]), ", ".join(map(repr, known)), do))
-    if not isinstance(to, Reference) and (not isinstance(to, str) or to not in TO):
-        found = repr(to) if isinstance(to, str) else f"a {type(to).__name__}"
-        raise SpecError(describe("to", found, f"{', '.join(map(repr, TO))}, or a Reference", closest(to, TO) or "Choose one."))
     if direction == "denoising" and to != "corrupted":
         do = "Leave `to` out: the clean activations go into the corrupted run."
         raise SpecError(describe("to", repr(to), "'corrupted' with direction='denoising'", do))
-    if corrupted is None and (direction == "denoising" or to == "corrupted"):
-        do = "Pass corrupted inputs, or to='zero', 'mean', 'resample' or a Reference."
-        raise SpecError(describe("corrupted", "None", "the inputs of the other run", do))

@@ -21,7 +21,7 @@ from surgery.analysis.batches import Batch
 from surgery.analysis.held import Held
 from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
-from surgery.analysis.pairs import Observed, measured, paired_batches
+from surgery.analysis.pairs import Observed, measured, paired_batches, patch, replacement
 from surgery.analysis.reading import Reading
 from surgery.analysis.sweep import Sweep
 from surgery.anatomy import Anatomy
@@ -64,24 +64,27 @@ class Kept:
 def path_patching(
     model: Any,
     clean: Any,
-    corrupted: Any,
+    corrupted: Any = None,
     metric: Any = "loss",
     senders: Any = "all",
     receivers: Any = LOGITS,
+    to: Any = "corrupted",
     *,
     freeze_mlps: bool = False,
+    seed: int = 0,
     tokens: int | None = None,
     fast: bool = True,
     progress: bool = True,
 ) -> Patching:
-    """The metric when a sender's corrupted result reaches one receiver, for each sender and receiver.
+    """The metric when a sender's corrupted result reaches one receiver alone, for each sender and receiver.
 
     clean, corrupted, metric: as of `surgery.analysis.patching.activation_patching`.
     senders: "all" heads, or a list of (layer or address, head). receivers: "logits", (layer or address, head, "q" | "k" | "v"),
       or a list of these, each on its own; a list within the list is patched together. Of grouped heads, k and v are those
       that this query head reads; its neighbours go on with the clean ones.
+    to: what becomes of the sender's z, with what follows for its result: as of `activation_patching`.
 
-    Three runs. (1) Both inputs, to see z of every head. (2) The clean inputs, with z of the sender corrupted and z of all
+    Three runs. (1) Both inputs, to see z of every head. (2) The clean inputs, with z of the sender replaced and z of all
     heads of all attentions behind it as in the clean run, so that what changes goes through no other head; MLPs and norms
     between are computed again, as in the paper. freeze_mlps=True holds every linear map of the layers outside attention, too,
     and leaves the residual stream as the only way. (3) The clean inputs with the receiver's q, k or v of (2), all else free.
@@ -94,16 +97,15 @@ def path_patching(
     reading, anatomy = Reading([metric]), anatomy_of(model)
     chosen = _senders(senders, anatomy)
     targets = _receivers(receivers, anatomy)
-    if corrupted is None:
-        raise SpecError(describe("corrupted", "None", "the inputs of the other run", "Pass them."))
+    to = replacement(to, corrupted)
     parts: list[np.ndarray] = []
     runs: dict[str, list[np.ndarray]] = {"clean": [], "corrupted": []}
     notes: list[str] = []
+    ran: set[Head] = set()
     forwards = 0.0
     with tqdm(desc="patching paths", unit="path", disable=not progress) as bar:
         for mine, theirs in paired_batches(model, clean, corrupted):
-            assert theirs is not None
-            batch = _Paths(model, anatomy, reading, freeze_mlps, mine, theirs, {"tokens": tokens, "fast": fast})
+            batch = _Paths(model, anatomy, reading, mine, theirs, to, seed, freeze_mlps, {"tokens": tokens, "fast": fast})
             todo = batch.existing(chosen, senders == "all")
             bar.total = (bar.total or 0) + len(todo) * len(targets)
             parts.append(np.full((len(targets), len(chosen), batch.sweep.rows), np.nan))
@@ -111,30 +113,47 @@ def path_patching(
                 parts[-1][targets.index(target), chosen.index(sender)] = values
                 bar.update()
             runs["clean"].append(batch.clean)
-            runs["corrupted"].append(batch.corrupted)
+            if batch.corrupted is not None:
+                runs["corrupted"].append(batch.corrupted)
+            ran.update(todo)
             notes += [note for note in batch.sweep.notes if note not in notes]
-            forwards += batch.sweep.forwards + 2
+            forwards += batch.sweep.forwards + 1 + (theirs is not None)
     values = np.concatenate(parts, axis=-1)
-    found = {target.label: _labelled(values[n], chosen, anatomy, reading) for n, target in enumerate(targets)}
-    clean_values, corrupted_values = (np.concatenate(runs[name]) for name in ("clean", "corrupted"))
-    return Patching("receiver", found, clean_values, corrupted_values, "clean", reading.metrics[0], notes, forwards)
+    found = {target.label: _labelled(values[n], chosen, ran, anatomy, reading) for n, target in enumerate(targets)}
+    joined = {name: np.concatenate(of) for name, of in runs.items() if of}
+    metric = reading.metrics[0]
+    return Patching("receiver", found, joined["clean"], joined.get("corrupted"), "clean", metric, notes, forwards)
 
 
 class _Paths:
     """One pair of batches: what both runs gave, and the runs in between."""
 
     def __init__(
-        self, model: Any, anatomy: Anatomy, reading: Reading, freeze: bool, mine: Batch, theirs: Batch, options: dict[str, Any]
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        reading: Reading,
+        mine: Batch,
+        theirs: Batch | None,
+        to: str | Reference,
+        seed: int,
+        freeze_mlps: bool,
+        options: dict[str, Any],
     ) -> None:
-        self.model, self.anatomy, self.reading = model, anatomy, reading
-        self.held = Held(model, anatomy) if freeze else None
+        self.model, self.anatomy, self.reading, self.seed = model, anatomy, reading, seed
+        self.held = Held(model, anatomy) if freeze_mlps else None
         with self.held.recording() if self.held is not None else nullcontext():
             self.sweep, self.z = _seen(model, anatomy, mine, reading, options)
-        other, self.other_z = _seen(model, anatomy, theirs, reading, options)
-        self.order = list(self.z)
+        self.order, self.to = list(self.z), to
         self.observed = Observed(mine, self.sweep, None)
         self.clean = measured(model, reading, self.sweep.clean, self.observed)
-        self.corrupted = measured(model, reading, other.clean, self.observed)
+        self.corrupted: np.ndarray | None = None
+        if theirs is not None:
+            other, z = _seen(model, anatomy, theirs, reading, options)
+            self.corrupted = measured(model, reading, other.clean, self.observed)
+            if to == "corrupted":
+                entries = {(address, "z"): Entry(value) for address, value in z.items()}
+                self.to = Reference("activation", entries, anatomy.fingerprint)
 
     def existing(self, senders: Sequence[Head], is_all: bool) -> list[Head]:
         """The senders whose attention ran. Raises NoMatchError for one that was asked for and did not."""
@@ -168,7 +187,7 @@ class _Paths:
     ) -> tuple[list[np.ndarray], dict[tuple[int, Input], Tensor]]:
         """Run (2) for some senders: the metric of each, and what each made of the receivers' inputs."""
         behind = [Edit("z", Kept(self.z[other]), layers=[other]) for other in later]
-        specs = [Spec([self._edit(address, "z", head, self.other_z[address][:, [head]]), *behind]) for head in heads]
+        specs = [Spec([patch("z", self.to, address, [head], seed=self.seed), *behind]) for head in heads]
         last: dict[Input, Tensor] = {}
         probes: dict[str, list[Probe]] = {}
         for one in sorted(wanted):
@@ -189,7 +208,12 @@ class _Paths:
 
     def _receive(self, inputs: Sequence[Input], values: dict[Input, Tensor]) -> Spec:
         """Run (3): the receiver's inputs of run (2), all else free."""
-        return Spec([self._edit(address, SITES[what], head, values[address, head, what]) for address, head, what in inputs])
+        edits = []
+        for address, head, what in inputs:
+            entry = Entry(values[address, head, what], None, (head,))
+            given = Reference("activation", {(address, SITES[what]): entry}, self.anatomy.fingerprint)
+            edits.append(patch(SITES[what], given, address, [head]))
+        return Spec(edits)
 
     def _measure(self, specs: Sequence[Spec]) -> list[np.ndarray]:
         found = [self.clean] * len(specs)
@@ -200,10 +224,6 @@ class _Paths:
         if specs:
             self.sweep.run(specs, read)
         return found
-
-    def _edit(self, address: str, site: str, head: int, value: Tensor) -> Edit:
-        reference = Reference("activation", {(address, site): Entry(value, None, (head,))}, self.anatomy.fingerprint)
-        return Edit(site, "activation", reference=reference, layers=[address], heads=[head])
 
 
 def _seen(
@@ -281,8 +301,10 @@ def _head(address: str | int, head: Any, anatomy: Anatomy, what: str) -> Head:
     return attention.address, head
 
 
-def _labelled(values: np.ndarray, senders: Sequence[Head], anatomy: Anatomy, reading: Reading) -> Labelled:
-    """(sender, example) as (layer, head, example) over the attentions and heads that any sender is of."""
+def _labelled(values: np.ndarray, senders: Sequence[Head], ran: set[Head], anatomy: Anatomy, reading: Reading) -> Labelled:
+    """(sender, example) as (layer, head, example) over the attentions and heads that any sender is of that ran."""
+    values = values[[number for number, sender in enumerate(senders) if sender in ran]]
+    senders = [sender for sender in senders if sender in ran]
     layers = [attention.address for attention in anatomy if any(attention.address == address for address, _ in senders)]
     heads = sorted({head for _, head in senders})
     spread = np.full((len(layers), len(heads), values.shape[-1]), np.nan)
