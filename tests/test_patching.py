@@ -15,6 +15,7 @@ from surgery import Edit, Spec, capture, collect_reference, patch_model, patched
 from surgery.analysis import metrics
 from surgery.analysis.labelled import Labelled
 from surgery.analysis.patching import activation_patching
+from surgery.analysis.sweep import Sweep
 from surgery.demo import load_model
 from surgery.demo.data import repeated_sequences
 from surgery.errors import NoMatchError, SpecError
@@ -210,6 +211,23 @@ def test_metrics_look_at_the_clean_inputs_in_every_run() -> None:
     np.testing.assert_allclose(found.corrupted, loss_of(corrupted), rtol=1e-6)
     divergence = activation_patching(model, clean, corrupted, metrics.kl(), "z", (), direction="denoising", **QUIET)
     assert np.allclose(divergence.clean, 0) and divergence.corrupted is not None and (divergence.corrupted > 0.1).all()
+
+
+def test_places_share_what_they_are_patched_with() -> None:
+    """Thousands of places, each with a copy of its head's activations, would be many times the run that these are of."""
+    held: dict[int, Any] = {}
+
+    def run(sweep: Sweep, specs: list[Spec], read: Any) -> None:
+        for spec in specs:
+            for cut in spec:
+                storage = cut.reference["self.0" if cut.layers == ("self.0",) else "self.1", "z"].untyped_storage()
+                held[storage.data_ptr()] = storage
+
+    model, clean, corrupted = FAMILIES["llama"].build(), inputs_of("llama", 0), inputs_of("llama", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sweep, "run", run)
+        activation_patching(model, clean, corrupted, last_logit, **QUIET)
+    assert sum(storage.nbytes() for storage in held.values()) == 2 * 3 * HEADS * LENGTH * 16 * 4, "z of both layers, once"
 
 
 # -- findings -----------------------------------------------------------------------------------------------------------

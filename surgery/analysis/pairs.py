@@ -96,7 +96,7 @@ def part(reference: Reference, address: str, site: str, heads: Sequence[int] | N
         return reference if entry is None else Reference(reference.kind, {(address, site): entry}, reference.model)
     axis = 1 if reference.kind == "activation" else 0
     held = list(range(entry.value.shape[axis])) if entry.heads is None else list(entry.heads)
-    if not set(heads) <= set(held):
+    if not set(heads) <= set(held) or (tuple(heads) == tuple(held) and len(reference) == 1):
         return reference
     rows = [held.index(head) for head in heads]
 

@@ -5,7 +5,8 @@ Vig et al. 2020, Meng et al. 2022; on the two directions and what they show, Hei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
-from surgery.analysis.pairs import Observed, measured, observe, paired_batches, patch, replacement
+from surgery.analysis.pairs import Observed, measured, observe, paired_batches, part, patch, replacement
 from surgery.analysis.reading import Reading
 from surgery.anatomy import Anatomy, Attention
 from surgery.cuts import GROUPED
@@ -150,7 +151,12 @@ def _patch(
         ran = tuple(a for a in choice.attentions if seen.find(a.address, site) is not None)
         choice = replace(choice, attentions=ran)
     lengths = {a.address: seen[a.address, site].shape[2] for a in choice.attentions} if seen is not None else {}
-    given = seen if choice.to == "corrupted" and seen is not None else choice.to
+    whole = seen if choice.to == "corrupted" and seen is not None else choice.to
+
+    @functools.cache  # one for all positions, or they would be many times the run that they are of
+    def given(address: str, heads: tuple[int, ...] | None) -> str | Reference:
+        return part(whole, address, site, heads) if isinstance(whole, Reference) else whole
+
     axes = _axes(choice, lengths)
     cells, specs = [], []
     for index in np.ndindex(*(len(labels) for labels in axes.values())):
@@ -189,7 +195,7 @@ def _axes(choice: Choice, lengths: dict[str, int]) -> dict[str, tuple[Any, ...]]
 
 
 def _edits(
-    site: str, labels: dict[str, Any], choice: Choice, lengths: dict[str, int], given: str | Reference
+    site: str, labels: dict[str, Any], choice: Choice, lengths: dict[str, int], given: Callable[..., str | Reference]
 ) -> Iterator[Edit]:
     """The patch of one place: an edit for each attention, as far as it has such a head and position."""
     for attention in choice.attentions:
@@ -206,7 +212,9 @@ def _edits(
         if positions is not None and positions[0] >= lengths[attention.address]:
             continue
         gqa = choice.gqa if site in GROUPED else "isolated"
-        yield patch(site, given, attention.address, heads, positions=positions, gqa=gqa, seed=choice.seed)
+        yield patch(
+            site, given(attention.address, heads), attention.address, heads, positions=positions, gqa=gqa, seed=choice.seed
+        )
 
 
 def _placed(position: int, length: int) -> int:
