@@ -41,20 +41,20 @@ ORDER = [
     "patches",
     "surgery.plots.style", "surgery.plots.curves", "surgery.plots.tokens", "surgery.plots.maps",
     "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",                                  # pictures
-    "surgery.analysis", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
+    "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
     "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.replay",
     "surgery.analysis.sweep", "surgery.analysis.ablation", "surgery.analysis.objective",
     "surgery.analysis.baselines", "surgery.analysis.attribution", "surgery.analysis.atpstar",
     "surgery.analysis.labelled", "surgery.analysis.charts", "surgery.analysis.foldable",
     "surgery.analysis.compatibility", "surgery.analysis.looking", "surgery.analysis.repeats",
     "surgery.analysis.detectors", "surgery.analysis.edges", "surgery.analysis.forwards",
-    "surgery.analysis.effects", "surgery.analysis.exact", "surgery.analysis.frozen",
+    "surgery.analysis.effects", "surgery.analysis.ends", "surgery.analysis.exact", "surgery.analysis.frozen",
     "surgery.analysis.promises", "surgery.analysis.weight_gradients", "surgery.analysis.gradients",
     "surgery.analysis.held", "surgery.analysis.integrated", "surgery.analysis.importance",
     "surgery.analysis.logit_attribution", "surgery.analysis.outcome", "surgery.analysis.pairs",
     "surgery.analysis.patching", "surgery.analysis.paths", "surgery.analysis.tokens",
     "surgery.analysis.vectors", "surgery.analysis.steering", "surgery.analysis.structure",
-    "surgery.analysis.public",                                                                            # findings
+    "surgery.analysis.public", "surgery.analysis",                                                        # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",
     "surgery.commands", "surgery.commands.shared", "surgery.commands.ablate", "surgery.commands.demo",
