@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from surgery.analysis import metrics
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.forwards import kernel_of, repeatable, uncached
 from surgery.analysis.metrics import Measured, Metric, as_metric
+from surgery.analysis.metrics import loss as mean_loss
 from surgery.analysis.promises import Point, between_zeros, detached, points_of, sealed, watching
 from surgery.analysis.weight_gradients import Block, blocks_of, is_zero, measured, modules_of, standing_in, summed
 from surgery.errors import SpecError, describe
@@ -121,7 +121,7 @@ def check_gradients(model: Any, spec: Any, inputs: Any, loss: Any = None) -> Gra
 
     Raises what `patch_model` raises, and SpecError for a loss that is not a finite number with a gradient.
     """
-    spec, metric = as_spec(spec), metrics.loss() if loss is None else as_metric(loss)
+    spec, metric = as_spec(spec), mean_loss() if loss is None else as_metric(loss)
     if spec.block_of(0) is not None:
         do = "Check the specs one by one."
         raise SpecError(describe("check_gradients", "cuts of blocks of a batch", "one spec", do))

@@ -1,6 +1,6 @@
 """The public names of `surgery.analysis`, all of them and nothing else."""
 
-from surgery.analysis import metrics as metrics
+import surgery.analysis.metrics as metrics  # noqa: F401 (a public name; `from surgery.analysis import` would come back here)
 from surgery.analysis.ablation import Study as Study
 from surgery.analysis.ablation import ablation_study as ablation_study
 from surgery.analysis.ablation import cumulative_ablation as cumulative_ablation
