@@ -339,3 +339,10 @@ def test_a_uniform_pattern_is_folded_under_any_mask(name: str, implementation: s
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", attn_implementation=implementation)
     inputs = FAMILIES[name].inputs()
     torch.testing.assert_close(logits(plain, inputs)[1], logits(model, inputs)[1], **CLOSE)  # the other row has padding
+
+
+def test_the_comparison_is_printed_unless_it_is_not_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_checkpoint(built(), tmp_path / "a", bake=True)
+    assert "a loaded by plain transformers: largest difference" in capsys.readouterr().err
+    export_checkpoint(built(), tmp_path / "b", bake=True, progress=False)
+    assert "largest difference" not in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from surgery.configs import config_parts
 from surgery.derive import find_anatomy
@@ -77,7 +79,7 @@ def export_checkpoint(
       the folded weights on; by default random tokens. They should run every attention with cuts.
     verify: after baking, load the folder by plain transformers in a new process and compare it with the patched model; the
       result is in the model card (README.md) and in what is returned. Without baking, the surgery is read back.
-    progress: show a bar while cuts are folded.
+    progress: show a bar while cuts are folded, and the comparison, on stderr.
     options: of save_pretrained, such as max_shard_size, variant. A model that accelerate offloads is written in files of 2 GB
       unless max_shard_size says otherwise, one of them in memory at a time.
     The forward of the baked model is the patched model's; gradients are those of its new weights.
@@ -127,6 +129,8 @@ def export_checkpoint(
         if verify and bake:
             comparison = compare(model, folder, inputs, bool(len(baked.kept)), more["implementation"], variant)
         (folder / "README.md").write_text(card(model, spec, baked, comparison), encoding="utf-8")
+    if comparison is not None and progress:
+        tqdm.write(f"{path} {comparison}", file=sys.stderr)
     return Exported(Path(path), tuple(baked.folded), tuple(baked.refused), comparison)
 
 
