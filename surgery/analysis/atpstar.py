@@ -103,8 +103,9 @@ class _Changes:
                 after = changed.last((address, "pattern")).double()
                 if circuit == "k":
                     scores, new = (points.last((address, "scores")).detach() for points in (self.seen, changed))
-                    # Of the same queries: it shows in whichever pattern leaves it more.
-                    sink = torch.maximum(sink_scores(scores, before, address), sink_scores(new, after, address))
+                    # The same queries' in both, and exact where the pattern leaves it more.
+                    sinks = sink_scores(new, after, address), sink_scores(scores, before, address)
+                    sink = torch.where(after.sum(-1) < before.sum(-1), *sinks)
                     found[address, "k"] = one_key_changed(scores.double(), sink, gradient, new.double()).sum(-2)
                     continue
                 change = ((after - before) * gradient).sum(-1)
@@ -164,7 +165,7 @@ def sink_scores(scores: Tensor, pattern: Tensor, address: str) -> Tensor:
         expected = "the softmax of the scores, less what a sink takes"
         do = "Use circuit 'qk' or 'q', or method='atp'."
         raise SpecError(describe(f"key scores at {address}", f"a pattern that differs by {gap:.2g}", expected, do))
-    sink = scores.logsumexp(-1) + torch.log(1 / mass - 1)
+    sink = scores.logsumexp(-1) + torch.log(1 / mass.clamp(min=torch.finfo(torch.float32).tiny) - 1)
     return torch.where(torch.isfinite(scores).any(-1), sink, -float("inf"))
 
 
@@ -204,9 +205,10 @@ def droppable(layers: Sequence[nn.Module]) -> Iterator[Drops]:
     def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         leaves, tree = tree_flatten(output)
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        place = next(number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-        if x is None or x.shape != leaves[place].shape:
-            found = f"a layer from {None if x is None else tuple(x.shape)} to {tuple(leaves[place].shape)}"
+        place = next((number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+        shapes = None if x is None else tuple(x.shape), None if place is None else tuple(leaves[place].shape)
+        if x is None or place is None or x.shape != leaves[place].shape:
+            found = f"a layer from {shapes[0]} to {shapes[1]}"
             what = f"GradDrop at a {type(layer).__name__}"
             raise SpecError(describe(what, found, "one shape, that of the residual", "Use drop_layers=False."))
         leaves[place] = _Layer.apply(leaves[place], x, drops, layer)
