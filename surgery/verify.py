@@ -194,8 +194,11 @@ _VERIFIED: set[tuple[Any, ...]] = set()
 
 
 def _like(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """On the module's device, and in float64 if the module computes in it."""
+    """On the module's device; what floats in float32, as random q, k and v are, or in float64 if the module computes in it.
+
+    Tensors of the recorded call, such as a bias by position, have the module's own type.
+    """
     parameter = next(module.parameters(), None)
     tensor = tensor if parameter is None else tensor.to(parameter.device)
-    is_double = parameter is not None and parameter.dtype == torch.float64 and tensor.is_floating_point()
-    return tensor.double() if is_double else tensor
+    is_double = parameter is not None and parameter.dtype == torch.float64
+    return tensor.to(torch.float64 if is_double else torch.float32) if tensor.is_floating_point() else tensor

@@ -607,3 +607,16 @@ def test_generation_with_a_cache_is_generation_without(name: str, implementation
     for with_cache, without, other in zip(cached.logits, whole.logits, uncut.logits, strict=True):
         torch.testing.assert_close(with_cache, without, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(with_cache, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@by_family()
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Patching proves the reconstruction on tensors of one type, whatever the module's own is."""
+    inputs = cast(FAMILIES[name].inputs(), dtype)
+    model = fresh(name, "eager", dtype)
+    expected = logits(model, inputs)
+    patch_model(model)
+    assert torch.equal(logits(model, inputs).nan_to_num(), expected.nan_to_num())
+    patch_model(model, Freeze("both", heads=[1]))
+    assert not torch.equal(logits(model, inputs).nan_to_num(), expected.nan_to_num())
