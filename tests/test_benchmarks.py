@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import surgery.unfused
-from benchmarks import export, machine, memory, models, overhead, patching, results, table
+from benchmarks import export, importance, machine, memory, models, overhead, patching, results, sweep, table
 from benchmarks.resident import watched
 from benchmarks.timing import Pairs, Spread, interleave
 from surgery import Edit, Spec, patched
@@ -291,3 +291,13 @@ def test_results_on_the_terminal(rows: list[results.Row], capsys: pytest.Capture
     results.show(rows)
     shown = capsys.readouterr().out
     assert all(row["what"] in shown for row in rows) and "CPU time" in shown
+
+
+def test_the_sweep_gives_the_numbers_of_the_plain_loop() -> None:
+    gap, cost = sweep.measure(sweep.QUICK)
+    assert gap["value"] < 1e-4 and cost["value"] > 0 and cost["target"] == sweep.TARGET
+
+
+def test_the_costs_of_scores_are_measured() -> None:
+    rows = list(importance.measure(importance.QUICK))
+    assert [row["what"] for row in rows] == [what for what, *_ in importance.METHODS] and all(row["value"] > 0 for row in rows)
