@@ -294,10 +294,10 @@ def test_results_on_the_terminal(rows: list[results.Row], capsys: pytest.Capture
 
 
 def test_the_sweep_gives_the_numbers_of_the_plain_loop() -> None:
-    gap, cost = sweep.measure(sweep.QUICK)
+    gap, cost = sweep.measure(replace(sweep.QUICK, d_head=8))
     assert gap["value"] < 1e-4 and cost["value"] > 0 and cost["target"] == sweep.TARGET
 
 
 def test_the_costs_of_scores_are_measured() -> None:
-    rows = list(importance.measure(importance.QUICK))
+    rows = list(importance.measure(replace(importance.QUICK, rounds=1, layers=2, heads=2, d_head=8)))
     assert [row["what"] for row in rows] == [what for what, *_ in importance.METHODS] and all(row["value"] > 0 for row in rows)
