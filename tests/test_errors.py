@@ -761,8 +761,8 @@ def test_an_error_of_a_callable_says_where_it_was_called(llama: Any) -> None:
 
 
 def test_a_long_value_is_not_printed_whole() -> None:
-    with pytest.raises(SpecError, match=r"found \[1.0, 1.0.*\.\.\. \(20,480 characters\); expected a number") as caught:
-        Edit("z", "add", value=[1.0] * 4096)
+    with pytest.raises(SpecError, match=r"found \[1.0, 1.0.*\.\.\. \(20,485 characters\); expected a number") as caught:
+        Edit("z", "add", value=[1.0] * 4096 + ["a"])
     assert len(str(caught.value)) < 600
 
 

@@ -68,7 +68,7 @@ def test_blocks_are_a_value_that_cannot_be_saved() -> None:
     assert Blocks([a, b]) == Blocks([a, b]) != Blocks([b, a]) and Blocks([a, b]) != a + b
     assert len({Blocks([a, b]).fingerprint(), Blocks([b, a]).fingerprint(), (a + b).fingerprint()}) == 3
     assert Blocks([Spec(), Spec()]).fingerprint() == ""
-    assert "block 1:\n1. freeze ov" in str(Blocks([a, b]))
+    assert "block 1:\n0. freeze ov" in str(Blocks([a, b]))
     for wrong in (lambda: Blocks([a, b]).to_json(), lambda: Blocks([a]) + b, lambda: b + Blocks([a]), lambda: Blocks([])):
         with pytest.raises(SpecError, match="Blocks"):
             wrong()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ class Sweep:
     def run(self, specs: Sequence[Spec], read: Callable[[int, Any], None]) -> None:
         """Calls read(number of the spec, output) for each, in the order of the layers where they begin.
 
+        The forward that gave an output is the last that ran, so that what probes saw of it is at hand: in blocks, a block for
+        each spec of that forward in their order, and once for each layer one more without cuts.
         The output is the model's, with logits (batch, kept positions, vocabulary). Gradients are off.
         """
         starts = [self._start(spec) for spec in specs]
@@ -103,21 +105,24 @@ class Sweep:
         """The specs of the next forward; on a CPU those that begin at one layer, elsewhere as many as fit."""
         first = starts[order[0]]
         is_cpu = runs_on(self.model).type == "cpu"
-        return [number for number in order[: self.copies] if starts[number] == first or not is_cpu]
+        room = self.copies if first in self.checked else max(1, self.copies - 1)  # beside a block without cuts
+        return [number for number in order[:room] if starts[number] == first or not is_cpu]
 
-    def _outputs(self, specs: list[Spec], first: int) -> list[Any]:
-        """The outputs under specs whose first cuts are in one call of a layer."""
+    def _outputs(self, specs: list[Spec], first: int) -> Iterator[Any]:
+        """The outputs under specs whose first cuts are in one call of a layer, each while no other forward has run since."""
         if first not in self.checked:
             for start in dict.fromkeys((first, 0)):
                 if (outputs := self._tried(specs, start)) is not None:
                     self.checked[first] = start
-                    return outputs
+                    yield from outputs
+                    return
             self.checked[first] = LOOP
         start = self.checked[first]
         if start == LOOP:
-            return [self._plain(spec) for spec in specs]
-        output = self._blocks(specs, start)
-        return [self._block(output, index) for index in range(len(specs))]
+            yield from map(self._plain, specs)
+        else:
+            output = self._blocks(specs, start)
+            yield from (self._block(output, index) for index in range(len(specs)))
 
     def _plain(self, spec: Spec) -> Any:
         """The slow way: patched and run."""
@@ -142,11 +147,12 @@ class Sweep:
     def _tried(self, specs: Sequence[Spec], start: int) -> list[Any] | None:
         """The outputs under specs from a call of a layer on, if they can be relied on; else None, and a note why."""
         try:
+            alone = self._plain(specs[0]) if not self.checked else None
             output = self._blocks([*specs, Spec()], start)
             *found, uncut = (self._block(output, index) for index in range(len(specs) + 1))
             problem = _problem(uncut, self.clean)
-            if not problem and not self.checked:  # that blocks keep their cuts to themselves, once
-                problem = _problem(found[0], self._plain(specs[0]))
+            if not problem and alone is not None:  # that blocks keep their cuts to themselves, once
+                problem = _problem(found[0], alone)
         except Exception as error:  # of whatever kind a forward raises that does not take copies of its batch
             problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if not problem:
