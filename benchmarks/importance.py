@@ -6,15 +6,13 @@ with one plain forward of the same model (`benchmarks.timing`). Ranks are compar
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import machine, models, results
+from benchmarks import arguments, models, results
 from benchmarks.results import Row, row
 from benchmarks.timing import interleave
 from surgery import patch_model
@@ -82,25 +80,9 @@ def measure(s: Settings) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds and short sequences, to see that it runs")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    sizes = asdict(QUICK if given.quick else Settings())
-    sizes |= {"device": given.device, "threads": given.threads, "seed": given.seed, "rounds": given.rounds or sizes["rounds"]}
-    torch.set_num_threads(given.threads)
-    settings = Settings(**sizes)
-    rows = list(measure(settings))
-    results.show(rows)
-    about = machine.describe(settings.device)
-    print(machine.sentence(about))
-    if given.json is not None:
-        content = {"benchmark": "importance", "machine": about, "settings": asdict(settings), "rows": rows}
-        results.save(given.json, content)
+    given = arguments.parser(__doc__, "few rounds and short sequences, to see that it runs").parse_args()
+    settings = arguments.settings(given, Settings(), QUICK)
+    results.report("importance", settings, list(measure(settings)), given.json)
 
 
 if __name__ == "__main__":

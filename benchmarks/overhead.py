@@ -6,7 +6,6 @@ they compute what they should. The first row times the unpatched model against i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine, memory, models, patching, results
+from benchmarks import arguments, machine, memory, models, patching, results
 from benchmarks.results import Row, row
 from benchmarks.timing import interleave
 from surgery import Edit, Freeze, Spec, capture, collect_reference, patched
@@ -218,19 +217,11 @@ def run(s: Settings, parts: list[str], path: Path | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds and short sequences, to see that it runs")
-    parser.add_argument("--json", type=Path, help="where to write the results (results/overhead-DEVICE.json is README's)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seed", type=int, default=0)
+    quick, json = "few rounds and short sequences, to see that it runs", "(results/overhead-DEVICE.json is README's)"
+    parser = arguments.parser(__doc__, quick, f"where to write the results {json}")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     given = parser.parse_args()
-    sizes = asdict(QUICK if given.quick else Settings())
-    sizes |= {"device": given.device, "threads": given.threads, "seed": given.seed, "rounds": given.rounds or sizes["rounds"]}
-    torch.set_num_threads(given.threads)
-    found = run(Settings(**sizes), given.parts, given.json)
+    found = run(arguments.settings(given, Settings(), QUICK), given.parts, given.json)
     results.show(found["rows"])
     print(machine.sentence(found["machine"]))
 

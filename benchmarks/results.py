@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import machine
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
@@ -62,3 +65,12 @@ def show(rows: Sequence[Row]) -> None:
 def save(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def report(benchmark: str, settings: Any, rows: list[Row], path: Path | None) -> None:
+    """Prints the rows of a benchmark that is over, and the machine; writes both to `path`, if there is one."""
+    show(rows)
+    about = machine.describe(settings.device)
+    print(machine.sentence(about))
+    if path is not None:
+        save(path, {"benchmark": benchmark, "machine": about, "settings": asdict(settings), "rows": rows})

@@ -6,7 +6,7 @@ import html
 import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,8 @@ from surgery.anatomy import Attention
 from surgery.classes import SurgicalAttention, describe_cuts
 from surgery.errors import NoMatchError, describe
 from surgery.patch import anatomy_of, session_of
+
+R = TypeVar("R", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,34 @@ class Row:
     runs: int | None
 
 
-class Inspection:
+class Rows(Generic[R]):
+    """Rows of attentions, each with an `address`, by number or address. made_by: the function that gives them, for messages."""
+
+    rows: tuple[R, ...]
+    made_by: str
+
+    def __iter__(self) -> Iterator[R]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, address: str | int) -> R:
+        """The row of an address, or by its number in the table. Raises NoMatchError."""
+        for number, row in enumerate(self.rows):
+            if address in (number, *row.address.split(", ")):
+                return row
+        known = ", ".join(row.address for row in self.rows)
+        raise NoMatchError(describe(self.made_by, f"{address!r}", f"one of {known}, or a row number", "Print the table."))
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
+
+
+class Inspection(Rows[Row]):
     """The rows of `inspect_model`. `print` shows a table; `.rows`, `.as_dicts()` and `.to_frame()` are the data."""
+
+    made_by = "inspect_model"
 
     def __init__(
         self,
@@ -51,23 +79,6 @@ class Inspection:
         beside: tuple[str, ...] = (),
     ) -> None:
         self.model_class, self.rows, self.unsupported, self.others, self.beside = model_class, rows, unsupported, others, beside
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, address: str | int) -> Row:
-        """The row of an address, or by its number in the table. Raises NoMatchError."""
-        for number, row in enumerate(self.rows):
-            if address in (number, *row.address.split(", ")):
-                return row
-        known = ", ".join(row.address for row in self.rows)
-        raise NoMatchError(describe("inspect_model", f"{address!r}", f"one of {known}, or a row number", "Print the table."))
-
-    def as_dicts(self) -> list[dict[str, Any]]:
-        return [asdict(row) for row in self.rows]
 
     def to_frame(self) -> Any:
         """The rows as a pandas DataFrame (needs pandas)."""

@@ -87,9 +87,8 @@ def freeze_ov_circuit(model: Model, layers: Any = "all", heads: Any = "all", to:
 
 
 def _add(model: Model, cut: Freeze) -> Model:
-    session = session_of(model)
-    spec, kernel = (session.spec, session.kernel) if session is not None else (Spec(), "auto")
-    return patch_model(model, spec + Spec(cut), kernel=kernel)  # type: ignore[arg-type]
+    spec, kernel = cuts_of(model)
+    return patch_model(model, spec + Spec(cut), kernel=kernel)
 
 
 def as_spec(spec: Any) -> Spec:
@@ -111,6 +110,12 @@ def session_of(model: nn.Module) -> Session | None:
         if isinstance(module, SurgicalAttention):
             return module._surgery.session
     return None
+
+
+def cuts_of(model: nn.Module) -> tuple[Spec, Any]:
+    """The spec and the kernel= that a model is patched with; no cuts and "auto" for one that is not patched."""
+    session = session_of(model)
+    return (Spec(), "auto") if session is None else (session.spec, session.kernel)
 
 
 def anatomy_of(model: nn.Module, strict: bool = True) -> Anatomy:
@@ -135,8 +140,7 @@ def probed(
     model: nn.Module, probes: Mapping[str, Sequence[Probe]], kernel: str | None = None, strict: bool = True
 ) -> Iterator[None]:
     """Within the block, probes (by address) watch the model, with whatever cuts and probes it has already."""
-    session = session_of(model)
-    spec, own_kernel = (session.spec, session.kernel) if session is not None else (Spec(), "auto")
+    spec, own_kernel = cuts_of(model)
     before = _probes(model)
     together = {address: [*before.get(address, ()), *probes.get(address, ())] for address in {**before, **probes}}
     with _restored(model):

@@ -17,11 +17,12 @@ import torch
 import transformers
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from families import FAMILIES, HEADS, LAYERS, LENGTH, VOCAB
+from families import FAMILIES, HEADS, LAYERS, LENGTH
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import StaticCache, Trainer, TrainingArguments
+from training import two_steps
+from transformers import StaticCache, Trainer
 from transformers.pytorch_utils import Conv1D
 
 import surgery.patch
@@ -723,22 +724,7 @@ def test_saving_a_patched_model_saves_the_plain_one(name: str, cut: str, tmp_pat
 
 def train(model: Any, folder: Path, **options: Any) -> Any:
     """Two steps of transformers' Trainer."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": x, "labels": x} for x in torch.randint(5, VOCAB, (8, LENGTH), generator=generator)]
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-        **options,
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer = Trainer(model, **two_steps(folder, **options))
     trainer.train()
     return trainer
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LENGTH, VOCAB
+from families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from test_export_loading import plain_class, tokenizer
 from test_export_sizes import logits
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, pipeline
+from training import two_steps
+from transformers import Trainer, pipeline
 
 from surgery import Edit, Freeze, Spec, export_checkpoint, export_spec, load_checkpoint, load_spec, patch_model, unpatch_model
 from surgery.errors import ExportError
@@ -180,23 +181,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def trainer(model: Any, folder: Path, **options: Any) -> Watched:
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": x, "labels": x} for x in torch.randint(5, VOCAB, (8, LENGTH), generator=generator)]
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        save_strategy="steps",
-        save_steps=1,
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-        **options,
-    )
-    return Watched(model, arguments, train_dataset=rows)
+    return Watched(model, **two_steps(folder, save_strategy="steps", save_steps=1, **options))
 
 
 STE = Spec([Freeze("both", layers=[0], heads=[1], backward="ste"), Freeze("ov", layers=[1], heads=[0], backward="ste")])

@@ -6,8 +6,8 @@ import copy
 import html
 import inspect
 import io
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from surgery.analysis.foldable import Foldable, stores_its_map
 from surgery.anatomy import Attention
 from surgery.behind import scale_and_shift
 from surgery.classes import SurgicalAttention
-from surgery.errors import NoMatchError, SurgeryError, describe
+from surgery.errors import SurgeryError, describe
+from surgery.inspection import Rows
 from surgery.linear import linear_of
 from surgery.patch import anatomy_of
 from surgery.plan import Plan
@@ -55,31 +56,16 @@ class Row:
     obstacles: tuple[str, ...] = ()
 
 
-class Compatibility:
+class Compatibility(Rows[Row]):
     """The rows of `compatibility`. `print` shows tables; `.rows`, `.as_dicts()` and `.to_frame()` are the data.
 
     unsupported: attention that cannot be patched, with the reason; others: what is seen to be no softmax attention.
     """
 
+    made_by = "compatibility"
+
     def __init__(self, model_class: str, rows: tuple[Row, ...], unsupported: tuple[str, ...], others: tuple[str, ...]) -> None:
         self.model_class, self.rows, self.unsupported, self.others = model_class, rows, unsupported, others
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, address: str | int) -> Row:
-        """The row of an address, or by its number in the table. Raises NoMatchError."""
-        for number, row in enumerate(self.rows):
-            if address in (number, *row.address.split(", ")):
-                return row
-        known = ", ".join(row.address for row in self.rows)
-        raise NoMatchError(describe("compatibility", f"{address!r}", f"one of {known}, or a row number", "Print the table."))
-
-    def as_dicts(self) -> list[dict[str, Any]]:
-        return [asdict(row) for row in self.rows]
 
     def to_frame(self) -> Any:
         """A row for each attention and question, as a pandas DataFrame: address, kind, name, possible, why (or how)."""

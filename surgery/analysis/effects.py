@@ -16,11 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from surgery.analysis.batches import Batch, batches, rows_of
-from surgery.analysis.forwards import forward, kernel_of
+from surgery.analysis.forwards import forward
 from surgery.analysis.metrics import Measured, losses_of, predicts_the_next, present
 from surgery.errors import SpecError, closest, describe
 from surgery.evaluation import evaluating
-from surgery.patch import as_spec, patched
+from surgery.patch import as_spec, cuts_of, patched
 from surgery.spec import Spec
 
 MEASURES = {
@@ -175,7 +175,7 @@ def verify_effect(model: Any, spec: Any, inputs: Any, output: str | None = None)
     A loss is that of `surgery.analysis.metrics.loss`: of labels among the inputs, or of the next token in a causal model.
     Raises what `patch_model` raises, and SpecError for a model that gives no numbers to compare.
     """
-    spec, kernel, found = as_spec(spec), kernel_of(model), []
+    spec, (_, kernel), found = as_spec(spec), cuts_of(model), []
     with torch.no_grad(), evaluating(model), patched(model, Spec(), kernel=kernel, strict=False):
         for batch in batches(model, inputs):
             before = forward(model, batch)

@@ -14,14 +14,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from surgery.analysis.batches import Batch, batches, rows_of
-from surgery.analysis.forwards import kernel_of, repeatable, uncached
+from surgery.analysis.forwards import repeatable
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.metrics import loss as mean_loss
 from surgery.analysis.promises import Point, between_zeros, detached, points_of, sealed, watching
 from surgery.analysis.weight_gradients import Block, blocks_of, is_zero, measured, modules_of, standing_in, summed
 from surgery.errors import SpecError, describe
-from surgery.evaluation import keeping_state
-from surgery.patch import anatomy_of, as_spec, patched, probed
+from surgery.evaluation import keeping_state, uncached
+from surgery.patch import anatomy_of, as_spec, cuts_of, patched, probed
 from surgery.spec import Spec
 
 SHOWN = 40
@@ -249,7 +249,7 @@ class _Total:
 
 @contextmanager
 def _patched(model: nn.Module, spec: Spec) -> Iterator[None]:
-    with patched(model, spec, kernel=kernel_of(model), strict=False):
+    with patched(model, spec, kernel=cuts_of(model)[1], strict=False):
         yield
 
 

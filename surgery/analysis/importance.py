@@ -22,7 +22,7 @@ from surgery.analysis.integrated import integrated
 from surgery.analysis.objective import Objective
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
-from surgery.patch import anatomy_of, as_spec, patched, session_of
+from surgery.patch import anatomy_of, as_spec, cuts_of, patched
 from surgery.spec import Freeze, Spec
 
 METHODS = ("ablation", "atp", "atp*", "ig")
@@ -156,9 +156,8 @@ def head_importance(
     inputs, others = _only_batch(model, clean, "clean"), None
     if corrupted is not None:
         others = _only_batch(model, corrupted, "corrupted")
-    session = session_of(model)
-    kernel: Any = session.kernel if session is not None else "auto"
-    cuts = (session.spec if session is not None else Spec()) + as_spec(given)
+    base, kernel = cuts_of(model)
+    cuts = base + as_spec(given)
     with patched(model, cuts, kernel=kernel, strict=False):
         chosen = _selection(model, layers, heads)
         receivers = chosen if edges is True else _receivers(model, edges or ())

@@ -24,7 +24,7 @@ from surgery.anatomy import Anatomy, Attention, grouped
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe, listing
 from surgery.evaluation import evaluating, uncached
 from surgery.heads import heads_at
-from surgery.patch import anatomy_of, as_spec, patched, probed, session_of
+from surgery.patch import anatomy_of, cuts_of, patched, probed
 from surgery.plan import Probe
 from surgery.plots import head_maps
 from surgery.where import Where
@@ -123,9 +123,8 @@ def direct_logit_attribution(
         raise SpecError(describe("direct_logit_attribution", f"{len(given)} batches", "one", "Call it for each of them."))
     batch = given[0]
     reading = _metric(tokens, metric, position)
-    session = session_of(model)
-    base, kernel = (session.spec, session.kernel) if session is not None else (as_spec(None), "auto")
-    with patched(model, base, kernel=kernel, strict=False), evaluating(model):  # type: ignore[arg-type]
+    base, kernel = cuts_of(model)
+    with patched(model, base, kernel=kernel, strict=False), evaluating(model):
         anatomy = anatomy_of(model, strict=False)
         forward = _Forward(model, batch, reading)
         stream = _Stream(model, anatomy, Layers(model, anatomy), forward)

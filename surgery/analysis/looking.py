@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery.anatomy import Attention
 from surgery.errors import NotFiredWarning
 from surgery.evaluation import evaluating, uncached
-from surgery.patch import as_spec, patched, probed, session_of
+from surgery.patch import as_spec, cuts_of, patched, probed
 from surgery.plan import Probe
 from surgery.spec import Edit
 from surgery.where import Where
@@ -133,13 +133,12 @@ def _forward(
         else:
             taken.setdefault(address, []).append(torch.stack([target.score(pattern) for target in own]))
 
-    session = session_of(model)
-    spec, kernel = (session.spec, session.kernel) if session is not None else (as_spec(None), "auto")
+    spec, kernel = cuts_of(model)
     chosen = None if heads is None else tuple(heads)
     probes = {a.address: [Probe("pattern", chosen, functools.partial(take, a.address))] for a in attentions}
     with (
         warnings.catch_warnings(),
-        patched(model, spec + as_spec(list(cuts)), kernel=kernel, strict=False),  # type: ignore[arg-type]
+        patched(model, spec + as_spec(list(cuts)), kernel=kernel, strict=False),
         probed(model, probes, strict=False),
         evaluating(model),
     ):

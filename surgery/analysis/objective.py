@@ -12,8 +12,8 @@ from torch import Tensor
 from surgery.analysis.batches import rows_of
 from surgery.analysis.metrics import Measured, as_metric
 from surgery.errors import SpecError, describe
-from surgery.evaluation import evaluating
-from surgery.patch import patched, session_of
+from surgery.evaluation import evaluating, uncached
+from surgery.patch import cuts_of, patched
 from surgery.spec import Spec
 from surgery.taps import runs_on
 
@@ -27,11 +27,9 @@ class Objective:
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], metric: Any) -> None:
         self.model, self.metric, self.rows = model, as_metric(metric), rows_of(inputs)
-        session = session_of(model)
-        self.base = session.spec if session is not None else Spec()
-        self.kernel: Any = session.kernel if session is not None else "auto"
+        self.base, self.kernel = cuts_of(model)
         names = inspect.signature(model.forward).parameters
-        self.inputs = {**inputs, **({"use_cache": False} if "use_cache" in names and "use_cache" not in inputs else {})}
+        self.inputs = uncached(model, inputs)
         self.keeps = self.metric.positions is not None and "logits_to_keep" in names
         self.clean: Tensor | None = None
         self.start: float | None = None

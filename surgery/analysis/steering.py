@@ -5,7 +5,6 @@ Mean differences: Turner et al. 2023, Rimsky et al. 2024 (there in the residual 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from surgery.analysis.tokens import chosen_tokens
 from surgery.analysis.vectors import SteeringVectors, marks
 from surgery.captures import capture
 from surgery.errors import SpecError, closest, describe
-from surgery.evaluation import evaluating
-from surgery.patch import anatomy_of, patched, session_of
+from surgery.evaluation import evaluating, uncached
+from surgery.patch import anatomy_of, cuts_of, patched
 from surgery.spec import Edit, Spec
 
 SITES = ("z", "result")
@@ -106,7 +105,7 @@ def _mean(given: Sequence[Batch], see: Callable[[Batch], Activations], tokens: t
 
 def _activations(model: Any, batch: Batch, site: str, selection: dict[str, Any]) -> Activations:
     with capture(model, [site], detach=True, **selection) as run, torch.no_grad(), evaluating(model):
-        model(**_uncached(model, batch))
+        model(**uncached(model, batch))
     return {address: run[address, site] for address in selection["layers"]}
 
 
@@ -126,12 +125,11 @@ def _slopes(model: Any, batch: Batch, site: str, selection: dict[str, Any], metr
 
     A metric that gives one number for the batch is taken for its mean.
     """
-    session = session_of(model)
-    base, kernel = (session.spec, session.kernel) if session is not None else (Spec(), "auto")
+    base, kernel = cuts_of(model)
     nudges = {address: _Nudge() for address in selection["layers"]}
     edits = Spec([Edit(site, nudge, layers=[a], heads=selection["heads"]) for a, nudge in nudges.items()])
-    inputs = _uncached(model, batch)
-    with patched(model, base + edits, kernel=kernel, strict=False), evaluating(model), torch.enable_grad():  # type: ignore[arg-type]
+    inputs = uncached(model, batch)
+    with patched(model, base + edits, kernel=kernel, strict=False), evaluating(model), torch.enable_grad():
         output = model(**inputs)
         logits = getattr(output, "logits", None)
         if logits is not None and metric.positions is not None and logits.dim() > 2:
@@ -147,8 +145,3 @@ def _slopes(model: Any, batch: Batch, site: str, selection: dict[str, Any], metr
         total = found.sum() if found.dim() and len(found) > 1 else found.sum() * len(zeros[0])
         slopes = torch.autograd.grad(total, zeros, materialize_grads=True, allow_unused=True)
     return dict(zip(nudges, slopes, strict=True))
-
-
-def _uncached(model: Any, batch: Batch) -> Batch:
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return {**batch, "use_cache": False} if takes_cache and "use_cache" not in batch else batch

@@ -21,8 +21,8 @@ from surgery.analysis.batches import rows_of
 from surgery.analysis.replay import Layers, recording, repeated, starting_at
 from surgery.blocks import Blocks
 from surgery.errors import NotFiredWarning, describe
-from surgery.evaluation import evaluating
-from surgery.patch import anatomy_of, patched, session_of
+from surgery.evaluation import evaluating, uncached
+from surgery.patch import anatomy_of, cuts_of, patched
 from surgery.spec import Spec
 from surgery.taps import runs_on
 
@@ -59,7 +59,7 @@ class Sweep:
     ) -> None:
         self.model, self.rows = model, rows_of(inputs)
         names = inspect.signature(model.forward).parameters
-        self.inputs = {**inputs, **({"use_cache": False} if "use_cache" in names and "use_cache" not in inputs else {})}
+        self.inputs = uncached(model, inputs)
         length = next((v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), 1)
         self.positions, self.more = positions, {}
         if positions is not None and "logits_to_keep" in names:
@@ -67,9 +67,7 @@ class Sweep:
         self.copies = max(1, (tokens or TOKENS.get(runs_on(model).type, TOKENS["other"])) // (self.rows * length))
         self.notes: list[str] = []
         self.forwards = 0.0
-        session = session_of(model)
-        self.base = session.spec if session is not None else Spec()
-        self.kernel: Any = getattr(session, "kernel", "auto")
+        self.base, self.kernel = cuts_of(model)
         self.anatomy = anatomy_of(model)
         with patched(model, self.base, kernel=self.kernel, strict=False), torch.no_grad(), evaluating(model):
             self.layers = Layers(model, self.anatomy)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import ExportError, closest, describe
+from surgery.evaluation import uncached
 from surgery.export.inputs import require_plain
 
 
@@ -25,12 +26,11 @@ class Forward(nn.Module):
         self.model = model
         self.training = model.training
         self.tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        self.fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
+        given = uncached(model, inputs)
+        self.fixed = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
         require_plain(inputs)
         if not self.tensors:
             raise ExportError(describe("example_inputs", f"{dict(inputs)!r}", "tensors by name", "Pass {'input_ids': ...}."))
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            self.fixed.setdefault("use_cache", False)
 
         def forward(**tensors: Tensor) -> dict[str, Tensor]:
             return flat(self.model(**tensors, **self.fixed))

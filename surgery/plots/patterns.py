@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgery.captures import capture
 from surgery.errors import SpecError, describe
 from surgery.evaluation import evaluating, uncached
-from surgery.patch import anatomy_of, as_spec, patched, session_of
+from surgery.patch import anatomy_of, as_spec, cuts_of, patched
 from surgery.plots.style import GAIN_AND_COST, new_figure
 from surgery.plots.tokens import UNIT, draw_pattern
 
@@ -70,13 +70,12 @@ def patterns_of(
     """(query, key) of each head: {"": as the model is}, or with cuts {": before": .., ": after": ..}."""
     given = {getattr(model, "main_input_name", "input_ids"): inputs} if isinstance(inputs, Tensor) else dict(inputs)
     cuts = as_spec(spec)
-    session = session_of(model)
-    base, kernel = (session.spec, session.kernel) if session is not None else (as_spec(None), "auto")
-    with patched(model, base, kernel=kernel, strict=False):  # type: ignore[arg-type]
+    base, kernel = cuts_of(model)
+    with patched(model, base, kernel=kernel, strict=False):
         before = _patterns(model, given, heads, example)
         if not len(cuts):
             return {"": before}
-        with patched(model, base + cuts, kernel=kernel, strict=False):  # type: ignore[arg-type]
+        with patched(model, base + cuts, kernel=kernel, strict=False):
             return {": before": before, ": after": _patterns(model, given, heads, example)}
 
 

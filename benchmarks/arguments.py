@@ -1,0 +1,32 @@
+"""The command line that benchmarks share: how much to measure, where, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Settings = TypeVar("Settings", bound=Any)
+
+
+def parser(doc: str | None, quick: str, json: str = "where to write the results") -> argparse.ArgumentParser:
+    """--quick, --json, --device, --threads, --rounds, --seed. quick, json: what the help says of these."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--quick", action="store_true", help=quick)
+    found.add_argument("--json", type=Path, help=json)
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--rounds", type=int)
+    found.add_argument("--seed", type=int, default=0)
+    return found
+
+
+def settings(given: argparse.Namespace, whole: Settings, quick: Settings) -> Settings:
+    """The sizes of a run, the whole or the quick one, as the command line changes them; sets torch's threads."""
+    sizes = quick if given.quick else whole
+    torch.set_num_threads(given.threads)
+    changes = {"device": given.device, "threads": given.threads, "seed": given.seed, "rounds": given.rounds or sizes.rounds}
+    return type(sizes)(**{**asdict(sizes), **changes})
