@@ -90,7 +90,9 @@ def load(name: str | None = None, device: str | torch.device = "cpu") -> Subject
     Nothing is downloaded for the packaged model. Code that comes with a model is not run. Raises SurgeryError.
     """
     if name is not None:
-        return _loaded(existing(name), name, device)
+        subject = _loaded(existing(name), name, device)
+        _require_causal(name, subject.model)
+        return subject
     with as_file(files("surgery.demo").joinpath("model")) as folder, _quiet():
         return _loaded(str(folder), "the packaged model", device)
 
@@ -117,10 +119,8 @@ def _loaded(path: str, name: str, device: str | torch.device) -> Subject:
     except Exception as error:  # whatever a foreign loader raises, there is no model
         raise unreadable(name, "a causal language model", error) from error
     require_weights(name, model, notes)
-    model = model.to(device).eval()
-    _require_causal(name, model)
     tokenizer, missing = tokenizer_of(path)  # only a text needs it
-    return Subject(name, model, tokenizer, missing)
+    return Subject(name, model.to(device).eval(), tokenizer, missing)
 
 
 def _require_causal(name: str, model: Any) -> None:

@@ -93,6 +93,8 @@ def export_checkpoint(
         )
     require_free(path)
     require_savable(model, options)
+    if verify:
+        require_complete(model)
     is_offloaded(model)  # weights that are nowhere are found before anything is written
     inputs = inputs_for(model, example_inputs, spec) if bake else {}
     if verify:
@@ -122,8 +124,6 @@ def export_checkpoint(
         document.write(folder, baked.kept, fingerprint, types=types, baked=baked.folded, **more)
         comparison = None
         variant = options.get("variant")
-        if verify:
-            require_complete(model, folder, variant)
         if verify and document.read(folder)[1] != baked.kept:
             raise ExportError(describe(f"{str(path)!r}", "another spec in surgery.json", "the one written", "Check the disk."))
         if verify and bake:
