@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from families import FAMILIES
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -177,6 +177,7 @@ def _written(folder: Path, about: dict[str, Any]) -> Path:
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
+@example([0.0, 7.6e-284])
 def test_paired_numbers_hold_together(values: list[float]) -> None:
     found = paired(np.array(values), resamples=499)
     assert 0 < found.p <= 1

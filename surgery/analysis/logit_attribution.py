@@ -282,7 +282,7 @@ def _behind(stream: _Stream, forward: _Forward) -> tuple[Tensor, Tensor, Tensor]
         again.calls = recorded.calls
         replaced = tree_map(lambda leaf: states if leaf is last else leaf, recorded.outputs[-1])
         again.outputs = [*recorded.outputs[:-1], replaced]
-        with starting_at(layers, again, len(again.calls), forward.rows, 1):
+        with starting_at(layers, again, len(again.calls), lambda recorded: recorded):
             return forward()
 
     with torch.enable_grad():

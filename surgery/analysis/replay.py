@@ -7,7 +7,7 @@ a family computes around its layers is its own code, with its own masks, positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ class Layers:
             self._of[attention.address] = known if len(known) == len(found) else []
             self.modules += [module for module in known if not any(module is other for other in self.modules)]
 
-    def first_call(self, addresses: set[str], calls: list[nn.Module]) -> int:
+    def first_call(self, addresses: Collection[str], calls: list[nn.Module]) -> int:
         """The number of the first of these calls that runs one of the attentions; 0 if that is not known."""
         if not all(self._of[address] for address in addresses):
             return 0
@@ -62,10 +62,10 @@ def recording(layers: Layers) -> Iterator[Recorded]:
 
 
 @contextmanager
-def starting_at(layers: Layers, recorded: Recorded, first: int, rows: int, copies: int) -> Iterator[None]:
+def starting_at(layers: Layers, recorded: Recorded, first: int, batch: Callable[[Any], Any]) -> Iterator[None]:
     """Within the block, one forward's calls of layers before number `first` return what was recorded.
 
-    rows: of the recorded batch; copies: how many times the forward's batch holds it, one after another.
+    batch: gives, of what was recorded, that of the forward's batch: see `repeated` and `first_rows`.
     """
     count = 0
 
@@ -74,21 +74,25 @@ def starting_at(layers: Layers, recorded: Recorded, first: int, rows: int, copie
         count += 1
         if count > first:
             return forward(*args, **kwargs)
-        return repeated(recorded.outputs[count - 1], rows, copies)
+        return batch(recorded.outputs[count - 1])
 
     with _around(layers, replay):
         yield
 
 
 def repeated(value: Any, rows: int, copies: int) -> Any:
-    """Inputs or outputs of a batch of several copies, one after another: whatever has the batch as its first axis."""
+    """Inputs or outputs of a batch of several copies, one after another."""
+    return value if copies == 1 else _of_batch(value, rows, lambda leaf: leaf.repeat(copies, *[1] * (leaf.dim() - 1)))
 
-    def repeat(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != rows:
-            return leaf
-        return leaf.repeat(copies, *[1] * (leaf.dim() - 1))
 
-    return value if copies == 1 else tree_map(repeat, value)
+def first_rows(value: Any, rows: int, count: int) -> Any:
+    """Inputs or outputs of the first examples of a batch."""
+    return value if rows == count else _of_batch(value, rows, lambda leaf: leaf[:count])
+
+
+def _of_batch(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """Changes every tensor that has the batch as its first axis."""
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == rows else leaf, value)
 
 
 @contextmanager

@@ -42,6 +42,8 @@ def paired(differences: np.ndarray, confidence: float = 0.95, resamples: int = R
     if np.ptp(d) == 0:  # the same everywhere: nothing to resample
         size = 0.0 if effect == 0 else float(np.copysign(np.inf, effect))
         return Paired(effect, size, effect, effect, size, size, 1.0 if effect == 0 else float(2.0 ** (1 - len(d))))
+    unit = float(np.abs(d).max())  # squares of the tiniest numbers are nothing
+    d = d / unit
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(d), size=(resamples, len(d)))
     samples = d[picks]
@@ -52,9 +54,8 @@ def paired(differences: np.ndarray, confidence: float = 0.95, resamples: int = R
     interval = stats.bootstrap((d,), np.mean, n_resamples=resamples, confidence_level=confidence, rng=rng).confidence_interval
     test = stats.permutation_test((d,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples, rng=rng)
     size = float(d.mean() / d.std(ddof=1))
-    return Paired(
-        effect, size, float(interval.low), float(interval.high), float(size_low), float(size_high), float(test.pvalue)
-    )
+    low, high = float(interval.low) * unit, float(interval.high) * unit
+    return Paired(effect, size, low, high, float(size_low), float(size_high), float(test.pvalue))
 
 
 def corrected(p: np.ndarray) -> np.ndarray:

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.analysis.batches import rows_of
-from surgery.analysis.replay import Layers, recording, repeated, starting_at
+from surgery.analysis.replay import Layers, first_rows, recording, repeated, starting_at
 from surgery.blocks import Blocks
 from surgery.errors import NotFiredWarning, describe
 from surgery.evaluation import evaluating, uncached
 from surgery.patch import anatomy_of, cuts_of, patched
-from surgery.spec import Spec
+from surgery.spec import Freeze, Spec
 from surgery.taps import runs_on
 
 LOOP = -1
@@ -41,7 +41,7 @@ class Sweep:
 
     model: patched or not; cuts that it has already stay, below those of the specs. positions: whose logits are wanted, None for
     all. tokens: the most in one forward, which bounds memory beside the kept outputs of the layers; at least one copy of the
-    batch runs (two, once for each layer). fast=False: the plain loop.
+    batch runs. fast=False: the plain loop.
     checked: by number of a layer's call, where cuts that begin there are started: there, at 0, or LOOP, one by one. It fills as
     the sweep finds out; that of another batch of the same model may be given.
     notes: why, where the plain loop or a whole forward was needed. forwards: whole forwards' worth of layer calls so far.
@@ -81,7 +81,7 @@ class Sweep:
         """Calls read(number of the spec, output) for each, in the order of the layers where they begin.
 
         The forward that gave an output is the last that ran, so that what probes saw of it is at hand: in blocks, a block for
-        each spec of that forward in their order, and once for each layer one more without cuts.
+        each spec of that forward, in their order.
         The output is the model's, with logits (batch, kept positions, vocabulary). Gradients are off.
         """
         starts = [self._start(spec) for spec in specs]
@@ -94,69 +94,81 @@ class Sweep:
                     read(number, output)
                 del order[: len(chunk)]
 
+    def _addresses(self, spec: Spec) -> list[str]:
+        return sorted({attention.address for cut in spec for attention in self.anatomy.select(cut.layers)})
+
     def _start(self, spec: Spec) -> int:
         """The number of the call of a layer that the first cut is in."""
-        addresses = {attention.address for cut in spec for attention in self.anatomy.select(cut.layers)}
+        addresses = self._addresses(spec)
         return self.layers.first_call(addresses, self.recorded.calls) if addresses else len(self.recorded.calls)
 
     def _chunk(self, order: Sequence[int], starts: Sequence[int]) -> list[int]:
         """The specs of the next forward; on a CPU those that begin at one layer, elsewhere as many as fit."""
         first = starts[order[0]]
         is_cpu = runs_on(self.model).type == "cpu"
-        room = self.copies if first in self.checked else max(1, self.copies - 1)  # beside a block without cuts
-        return [number for number in order[:room] if starts[number] == first or not is_cpu]
+        return [number for number in order[: self.copies] if starts[number] == first or not is_cpu]
 
     def _outputs(self, specs: list[Spec], first: int) -> Iterator[Any]:
         """The outputs under specs whose first cuts are in one call of a layer, each while no other forward has run since."""
         if first not in self.checked:
-            for start in dict.fromkeys((first, 0)):
-                if (outputs := self._tried(specs, start)) is not None:
-                    self.checked[first] = start
-                    yield from outputs
-                    return
-            self.checked[first] = LOOP
+            self.checked[first] = self._trusted(self._addresses(specs[0]), first)
         start = self.checked[first]
         if start == LOOP:
-            yield from map(self._plain, specs)
+            yield from (self._plain(spec, self.inputs, 1) for spec in specs)
         else:
-            output = self._blocks(specs, start)
-            yield from (self._block(output, index) for index in range(len(specs)))
+            output = self._blocks(specs, start, self.rows)
+            yield from (_block(output, index, self.rows) for index in range(len(specs)))
 
-    def _plain(self, spec: Spec) -> Any:
-        """The slow way: patched and run."""
+    def _plain(self, spec: Spec, inputs: Mapping[str, Any], part: float) -> Any:
+        """The slow way: patched and run. part: of the batch that the inputs are."""
         with patched(self.model, self.base + spec, kernel=self.kernel, strict=False):
-            self.forwards += 1
-            return self._forward(self.inputs)
+            self.forwards += part
+            return self._forward(inputs)
 
-    def _blocks(self, specs: Sequence[Spec], first: int) -> Any:
-        """One forward of a copy of the batch for each spec, from a layer on."""
-        copies, calls = len(specs), max(1, len(self.recorded.calls))
+    def _blocks(self, specs: Sequence[Spec], first: int, rows: int) -> Any:
+        """One forward of a copy of the batch, or of its first rows, for each spec, from a call of a layer on."""
+
+        def batch(value: Any) -> Any:
+            return repeated(first_rows(value, self.rows, rows), rows, len(specs))
+
         blocks = Blocks([self.base + spec for spec in specs])
         with (
             warnings.catch_warnings(),
             patched(self.model, blocks, kernel=self.kernel, strict=False),
-            starting_at(self.layers, self.recorded, first, self.rows, copies),
+            starting_at(self.layers, self.recorded, first, batch),
         ):
             if first:
                 warnings.simplefilter("ignore", NotFiredWarning)  # of cuts that the model has in layers which do not run
-            self.forwards += copies * (1 - first / calls)
-            return self._forward(repeated(self.inputs, self.rows, copies))
+            self.forwards += len(specs) * rows / self.rows * (1 - first / max(1, len(self.recorded.calls)))
+            return self._forward(batch(self.inputs))
 
-    def _tried(self, specs: Sequence[Spec], start: int) -> list[Any] | None:
-        """The outputs under specs from a call of a layer on, if they can be relied on; else None, and a note why."""
-        try:
-            alone = self._plain(specs[0]) if not self.checked else None
-            output = self._blocks([*specs, Spec()], start)
-            *found, uncut = (self._block(output, index) for index in range(len(specs) + 1))
-            problem = _problem(uncut, self.clean)
-            if not problem and alone is not None:  # that blocks keep their cuts to themselves, once
-                problem = _problem(found[0], alone)
-        except Exception as error:  # of whatever kind a forward raises that does not take copies of its batch
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if not problem:
-            return found
-        self._note(f"from layer call {start}: {problem}")
-        return None
+    def _trusted(self, addresses: Sequence[str], first: int) -> int:
+        """Where cuts in a call of a layer can be started: there, at 0, or LOOP; with a note why, if not there."""
+        for start in dict.fromkeys((first, 0)):
+            # One example costs least; all of them where something looks at more, such as a reference for the whole batch.
+            for rows in dict.fromkeys((1, self.rows)):
+                try:
+                    problem = self._problem(addresses, start, rows)
+                except Exception as error:  # of whatever kind a forward raises that does not take copies of its batch
+                    problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                if not problem:
+                    return start
+            self._note(f"from layer call {start}: {problem}")
+        return LOOP
+
+    def _problem(self, addresses: Sequence[str], start: int, rows: int) -> str:
+        """How a start fails to give what whole forwards of the first rows give, in words; "" if it does.
+
+        That a block without cuts gives the clean output is seen at every start, that one with cuts gives what it gives alone
+        at the first.
+        """
+        clean, inputs = (first_rows(value, self.rows, rows) for value in (self.clean, self.inputs))
+        if any(known != LOOP for known in self.checked.values()):
+            return difference(self._blocks([Spec()], start, rows), clean)
+        cut = Spec([Freeze("ov", [address]) for address in addresses])
+        alone = self._plain(cut, inputs, rows / self.rows)
+        output = self._blocks([cut, Spec()], start, rows)
+        return difference(_block(output, 0, rows), alone) or difference(_block(output, 1, rows), clean)
 
     def _note(self, text: str) -> None:
         if not self.notes:
@@ -170,19 +182,19 @@ class Sweep:
             output.logits = output.logits[:, list(self.positions)]
         return output
 
-    def _block(self, output: Any, index: int) -> Any:
-        """One copy of the batch in an output of several."""
-        rows = self.rows
-        count = next(len(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim())
 
-        def take(leaf: Any) -> Any:
-            is_batch = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count
-            return leaf[index * rows : (index + 1) * rows] if is_batch else leaf
+def _block(output: Any, index: int, rows: int) -> Any:
+    """One copy of the batch in an output of several."""
+    count = next(len(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim())
 
-        return tree_map(take, output)
+    def take(leaf: Any) -> Any:
+        is_batch = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count
+        return leaf[index * rows : (index + 1) * rows] if is_batch else leaf
+
+    return tree_map(take, output)
 
 
-def _problem(found: Any, expected: Any) -> str:
+def difference(found: Any, expected: Any) -> str:
     """How two outputs differ by more than rounding, in words; "" if they do not."""
     pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
     for a, b in pairs:
