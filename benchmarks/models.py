@@ -40,16 +40,23 @@ def llama(layers: int = 12, heads: int = 12, kv_heads: int = 4, width: int = 768
 
 
 def _build(
-    name: str, config: Any, *, head: bool = False, implementation: str = "sdpa", device: str = "cpu", seed: int = 0
+    name: str,
+    config: Any,
+    *,
+    head: bool = False,
+    implementation: str = "sdpa",
+    device: str = "cpu",
+    seed: int = 0,
+    half: bool = True,
 ) -> Any:
     """head: with the projection to the vocabulary. It costs as much as the rest of a small model and is never patched, so that
-    it would halve every overhead: measurements do without it unless they generate. bfloat16 on CUDA."""
+    it would halve every overhead: measurements do without it unless they generate. bfloat16 on CUDA, unless half=False."""
     config._attn_implementation = implementation
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}" if head else f"{name}Model")(
         config
     )
-    return model.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32).eval()
+    return model.to(device, torch.bfloat16 if half and torch.device(device).type == "cuda" else torch.float32).eval()
 
 
 def twin(model: nn.Module) -> Any:

@@ -1,22 +1,25 @@
-"""A sweep over all heads against the plain loop: `python -m benchmarks.sweep [--quick] [--json FILE]`.
+"""A sweep over all heads, the plain loop, and other libraries: `python -m benchmarks.sweep [--quick] [--json FILE]`.
 
 A random GPT-2 of the small model's shape; the OV circuit of each head is frozen in turn, and the log probability of one token
 at the last position read. The plain loop patches each cut in and runs the model; `surgery.analysis.Sweep` starts at the cut's
-layer. Both run alternately (`benchmarks.timing`), and their numbers are compared first.
+layer; the others (`benchmarks.peers`, those that are installed) run the model once for each head, with the head's z set to
+zero. Some of their numbers are compared first; then all take turns (`benchmarks.timing`). A loop that knows to ask transformers
+for one position's logits is measured beside the plain one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import arguments, models, results
+from benchmarks import arguments, models, peers, results
 from benchmarks.results import Row, row
-from benchmarks.timing import interleave
+from benchmarks.timing import pairs, take_turns
 from surgery import Freeze, Spec, patch_model, patched
 from surgery.analysis.sweep import Sweep
 
@@ -38,42 +41,79 @@ class Settings:
 
 
 QUICK = Settings(rounds=1, layers=3, heads=4, batch=1, length=32)
-TARGET = 1 / 2.5
-"""Of the time of the plain loop, on a CPU."""
+TARGETS = {"cpu": 1 / 2.5, "cuda": 1 / 8}
+"""Of the time of each of the others."""
+CLOSE = 1e-3
+"""Largest difference of a log probability: float32 sums of 768 products, in 12 layers, in another order."""
+COMPARED = 13
+"""One head in so many is compared: of other layers and other places within them."""
 
 
 def measure(s: Settings) -> Iterator[Row]:
-    """Time over the plain loop's, and the largest difference between their numbers."""
-    model = models.gpt2(s.layers, s.heads, s.heads * s.d_head, head=True, device=s.device, seed=s.seed)
+    """Time over that of each other way. difference: of its numbers from the plain loop's, where the largest effect is `effect`.
+
+    Raises RuntimeError for a way that gives other numbers.
+    """
+    model, *others = (
+        models.gpt2(s.layers, s.heads, s.heads * s.d_head, head=True, device=s.device, seed=s.seed, half=False)
+        for _ in range(1 + len(peers.installed()))
+    )
     patch_model(model)
     ids = models.tokens(s.batch, s.length, s.device, s.seed)
-    specs = [Spec(Freeze("ov", [layer], [head])) for layer in range(s.layers) for head in range(s.heads)]
+    heads = [(layer, head) for layer in range(s.layers) for head in range(s.heads)]
+    specs = [Spec(Freeze("ov", [layer], [head])) for layer, head in heads]
 
-    def read(output: Any) -> Tensor:
-        return output.logits[:, -1].log_softmax(-1)[:, s.token]
+    def read(logits: Tensor) -> Tensor:
+        return logits.float().log_softmax(-1)[..., s.token]
 
-    def plain() -> Tensor:
+    def loop(chosen: Sequence[int], **options: Any) -> Tensor:
         found = []
-        for spec in specs:
-            with patched(model, spec), torch.no_grad():
-                found.append(read(model(ids, use_cache=False)))
+        for number in chosen:
+            with patched(model, specs[number]), torch.no_grad():
+                found.append(read(model(ids, use_cache=False, **options).logits[:, -1]))
         return torch.stack(found)
 
-    def sweep() -> Tensor:
+    def sweep(chosen: Sequence[int]) -> Tensor:
         found: dict[int, Tensor] = {}
-        Sweep(model, {"input_ids": ids}, (-1,)).run(specs, lambda number, output: found.update({number: read(output)}))
-        return torch.stack([found[number] for number in range(len(specs))])
+        work = Sweep(model, {"input_ids": ids}, (-1,))
+        work.run([specs[n] for n in chosen], lambda n, output: found.update({n: read(output.logits[:, -1])}))
+        return torch.stack([found[n] for n in range(len(chosen))])
 
-    group = f"{len(specs)} heads of GPT-2, {s.batch} × {s.length} tokens, one position read, over the plain loop"
-    gap = float((plain() - sweep()).abs().max())
-    yield row(group, "largest difference of a log probability", dict.fromkeys(("value", "low", "high"), gap))
-    pairs = interleave(plain, sweep, rounds=s.rounds, seed=s.seed, device=s.device, warmup=0)
-    yield row(group, "surgery.analysis.Sweep", pairs.to_dict(), TARGET)
+    def peer(name: str, twin: Any) -> Callable[[Sequence[int]], Tensor]:
+        cut = peers.PEERS[name](twin)
+        return lambda chosen: torch.stack([read(cut(ids, *heads[number])) for number in chosen])
+
+    ways: dict[str, Callable[[Sequence[int]], Tensor]] = {
+        "Sweep": sweep,
+        "the plain loop": loop,
+        "the plain loop, logits of one position": partial(loop, logits_to_keep=1),
+    }
+    for (name, number), twin in zip(peers.installed().items(), others, strict=True):
+        ways[f"{name} {number}"] = peer(name, twin)
+    group = f"surgery.analysis.Sweep: {len(specs)} heads of GPT-2, {s.batch} × {s.length} tokens, one position read"
+    some, every = range(0, len(specs), COMPARED), range(len(specs))
+    expected = loop(some)
+    gaps = {name: float((way(some) - expected).abs().max()) for name, way in ways.items() if way is not loop}
+    with torch.no_grad():
+        effect = float((expected - read(model(ids, use_cache=False).logits[:, -1])).abs().max())
+    for name, gap in gaps.items():
+        if not gap < min(CLOSE, effect / 10):
+            raise RuntimeError(f"{name}: differs from the plain loop by {gap:.2g}; the largest effect of a cut is {effect:.2g}")
+    timed = {name: partial(way, every) for name, way in ways.items()}
+    taken = take_turns(timed, rounds=s.rounds, seed=s.seed, device=s.device, warmup=0)  # they ran already
+    for name, seconds in taken.items():
+        target = None if "one position" in name else TARGETS[torch.device(s.device).type]
+        if name != "Sweep":
+            found = {**pairs(seconds, taken["Sweep"]).to_dict(), "difference": gaps.get(name, 0.0), "effect": effect}
+            yield row(group, f"time over that of {name}", found, target)
 
 
 def main() -> None:
-    given = arguments.parser(__doc__, "a small model, to see that it runs").parse_args()
-    settings = arguments.settings(given, Settings(), QUICK)
+    parser = arguments.parser(__doc__, "a small model, to see that it runs")
+    for name in ("batch", "length"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
+    given = parser.parse_args()
+    settings = arguments.settings(given, Settings(batch=given.batch, length=given.length), QUICK)
     results.report("sweep", settings, list(measure(settings)), given.json)
 
 

@@ -6,7 +6,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,30 +56,45 @@ class Pairs:
 def interleave(
     a: Callable[[], Any], b: Callable[[], Any], *, rounds: int, seed: int, device: str = "cpu", warmup: int = 2
 ) -> Pairs:
-    """Times A and B once in every round, in an order that is drawn anew, after `warmup` calls of each.
+    """Times A and B once in every round, as `take_turns` does."""
+    taken = take_turns({"a": a, "b": b}, rounds=rounds, seed=seed, device=device, warmup=warmup)
+    return pairs(taken["a"], taken["b"])
+
+
+Taken = tuple[tuple[float, float], ...]
+"""Seconds by the clock on the wall and of CPU time, for each round."""
+
+
+def take_turns(
+    functions: Mapping[str, Callable[[], Any]], *, rounds: int, seed: int, device: str = "cpu", warmup: int = 2
+) -> dict[str, Taken]:
+    """Times each function once in every round, in an order that is drawn anew, after `warmup` calls of each.
 
     The garbage collector runs between the rounds, not within. On CUDA both ends of every interval wait for the device.
     """
-    order, functions = random.Random(seed), (a, b)
+    order, names = random.Random(seed), list(functions)
     for _ in range(warmup):
-        for function in functions:
+        for function in functions.values():
             _clock(function, device)
-    wall, cpu = [], []
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         for _ in range(rounds):
-            taken = {}
-            for side in order.sample((0, 1), 2):
-                taken[side] = _clock(functions[side], device)
-            wall.append((taken[0][0], taken[1][0]))
-            cpu.append((taken[0][1], taken[1][1]))
+            for name in order.sample(names, len(names)):
+                taken[name].append(_clock(functions[name], device))
             gc.collect()
     finally:
         gc.enable()
         gc.unfreeze()
-    return Pairs(tuple(wall), tuple(cpu))
+    return {name: tuple(found) for name, found in taken.items()}
+
+
+def pairs(a: Taken, b: Taken) -> Pairs:
+    """Of two that took turns, the pairs of each round."""
+    wall, cpu = (tuple((one[i], other[i]) for one, other in zip(a, b, strict=True)) for i in (0, 1))
+    return Pairs(wall, cpu)
 
 
 def _clock(function: Callable[[], Any], device: str) -> tuple[float, float]:

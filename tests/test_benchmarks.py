@@ -294,8 +294,17 @@ def test_results_on_the_terminal(rows: list[results.Row], capsys: pytest.Capture
 
 
 def test_the_sweep_gives_the_numbers_of_the_plain_loop() -> None:
-    gap, cost = sweep.measure(replace(sweep.QUICK, d_head=8))
-    assert gap["value"] < 1e-4 and cost["value"] > 0 and cost["target"] == sweep.TARGET
+    plain, kept = list(sweep.measure(replace(sweep.QUICK, d_head=8)))[:2]
+    assert (plain["target"], kept["target"]) == (sweep.TARGETS["cpu"], None) and plain["value"] > 0 < kept["value"]
+    assert kept["difference"] < 1e-5 < plain["effect"]
+
+
+def test_a_way_that_gives_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncut = {"nobody": lambda model: lambda ids, layer, head: model(ids).logits[:, -1].detach()}
+    monkeypatch.setattr(sweep.peers, "PEERS", uncut)
+    monkeypatch.setattr(sweep.peers, "installed", lambda: {"nobody": "1.0"})
+    with pytest.raises(RuntimeError, match=r"nobody 1.0: differs from the plain loop by \d"):
+        list(sweep.measure(replace(sweep.QUICK, d_head=8)))
 
 
 def test_the_costs_of_scores_are_measured() -> None:
