@@ -146,6 +146,46 @@ def test_logits_where_they_are_asked_for() -> None:
         torch.testing.assert_close(found[-1], plain(model, inputs, spec)[:, [-1, 2]], **CLOSE)
 
 
+def test_behind_the_last_attention_only_read_positions_are_computed() -> None:
+    """The last layer's MLP sees two positions of twelve; what reads more of it gets all."""
+    model, inputs = load_model(), {"input_ids": torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(1))}
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda module, args, n=number: seen[n].append(args[0].shape[1]))
+    spec, found = Spec(Freeze("ov", [0], [0])), []
+    Sweep(model, inputs, (-1, 2)).run([spec], lambda _, output: found.append(output.logits))
+    torch.testing.assert_close(found[0], plain(model, inputs, spec)[:, [-1, 2]], **CLOSE)
+    assert seen[1][-2] == 2 and set(seen[0]) == {12}, "the last forward but one is the sweep's"
+    whole = {**inputs, "output_hidden_states": True}
+    sweep = Sweep(model, whole, (-1,))
+    sweep.run([spec], lambda _, output: found.append(output.hidden_states[-1]))
+    assert not sweep.checked.is_narrow and not sweep.notes
+    with torch.no_grad(), patched(model, spec):
+        torch.testing.assert_close(found[1], model(**whole).hidden_states[-1], **CLOSE)
+
+
+class Shifted(nn.Module):
+    """An MLP that looks at the position before."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.mlp(hidden_states + hidden_states.roll(1, 1))
+
+
+def test_an_mlp_that_mixes_positions_is_run_on_all() -> None:
+    model, found = load_model(), {}
+    model.model.layers[1].mlp = Shifted(model.model.layers[1].mlp)
+    inputs, specs = {"input_ids": torch.arange(1, 21)[None]}, single_cuts(model)
+    sweep = Sweep(model, inputs, (-1,))
+    sweep.run(specs, lambda number, output: found.update({number: output.logits}))
+    assert sweep.behind and not sweep.checked.is_narrow and not sweep.notes
+    for number, spec in enumerate(specs):
+        torch.testing.assert_close(found[number], plain(model, inputs, spec)[:, -1:], **CLOSE)
+
+
 def test_cuts_that_the_model_has_stay() -> None:
     model, inputs, found = load_model(), {"input_ids": torch.arange(1, 21)[None]}, []
     base, cut = Freeze("qk", [0], [1]), Freeze("ov", [1], [3])

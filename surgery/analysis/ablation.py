@@ -18,7 +18,7 @@ from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.journal import Journal
 from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
-from surgery.analysis.sweep import Sweep
+from surgery.analysis.sweep import Checked, Sweep
 from surgery.cuts import CIRCUITS
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
@@ -173,7 +173,7 @@ def ablation_study(
     }
     journal = Journal(resume, about)
     notes: list[str] = []
-    checked: dict[int, int] = {}
+    checked = Checked()
     with tqdm(total=len(cuts) * len(given), desc="cutting heads", unit="cut", disable=not progress) as bar:
         for number, batch in enumerate(given):
             _measure(model, batch, number, cuts, reading, journal, notes, bar, tokens, fast, checked)
@@ -202,7 +202,7 @@ def _measure(
     bar: Any,
     tokens: int | None,
     fast: bool,
-    checked: dict[int, int],
+    checked: Checked,
 ) -> None:
     """Runs the cuts that one batch lacks."""
     pending = [cut for cut in cuts if f"{number}/{cut.key}" not in journal.found]

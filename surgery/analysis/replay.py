@@ -7,7 +7,7 @@ a family computes around its layers is its own code, with its own masks, positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,7 +57,7 @@ def recording(layers: Layers) -> Iterator[Recorded]:
         recorded.outputs.append(output)
         return output
 
-    with _around(layers, record):
+    with around(layers.modules, record):
         yield recorded
 
 
@@ -76,7 +76,7 @@ def starting_at(layers: Layers, recorded: Recorded, first: int, batch: Callable[
             return forward(*args, **kwargs)
         return batch(recorded.outputs[count - 1])
 
-    with _around(layers, replay):
+    with around(layers.modules, replay):
         yield
 
 
@@ -96,15 +96,15 @@ def _of_batch(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def _around(layers: Layers, call: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, a layer's forward is call(module, its forward, args, kwargs)."""
-    before = [module.__dict__.get("forward") for module in layers.modules]
+def around(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, a module's forward is call(module, its forward, args, kwargs)."""
+    before = [module.__dict__.get("forward") for module in modules]
     try:
-        for module in layers.modules:
+        for module in modules:
             module.__dict__["forward"] = _wrapped(module, module.forward, call)
         yield
     finally:
-        for module, old in zip(layers.modules, before, strict=True):
+        for module, old in zip(modules, before, strict=True):
             if old is None:
                 module.__dict__.pop("forward", None)
             else:

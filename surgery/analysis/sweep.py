@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.analysis.batches import rows_of
+from surgery.analysis.narrow import narrowed, watching
 from surgery.analysis.replay import Layers, first_rows, recording, repeated, starting_at
 from surgery.blocks import Blocks
 from surgery.errors import NotFiredWarning, describe
@@ -36,14 +38,22 @@ ROUGH = 3e-2
 """The same in half precision."""
 
 
+@dataclass
+class Checked:
+    """What was found out about a model. starts: by number of a layer's call, where cuts that begin there are started: there,
+    at 0, or LOOP, one by one. is_narrow: whether modules behind the last attention may compute the kept positions alone."""
+
+    starts: dict[int, int] = field(default_factory=dict)
+    is_narrow: bool = True
+
+
 class Sweep:
     """A model's outputs on one batch under many specs.
 
     model: patched or not; cuts that it has already stay, below those of the specs. positions: whose logits are wanted, None for
     all. tokens: the most in one forward, which bounds memory beside the kept outputs of the layers; at least one copy of the
     batch runs. fast=False: the plain loop.
-    checked: by number of a layer's call, where cuts that begin there are started: there, at 0, or LOOP, one by one. It fills as
-    the sweep finds out; that of another batch of the same model may be given.
+    checked: fills as the sweep finds out; that of another batch of the same model may be given.
     notes: why, where the plain loop or a whole forward was needed. forwards: whole forwards' worth of layer calls so far.
     """
 
@@ -55,7 +65,7 @@ class Sweep:
         *,
         tokens: int | None = None,
         fast: bool = True,
-        checked: dict[int, int] | None = None,
+        checked: Checked | None = None,
     ) -> None:
         self.model, self.rows = model, rows_of(inputs)
         names = inspect.signature(model.forward).parameters
@@ -71,11 +81,15 @@ class Sweep:
         self.anatomy = anatomy_of(model)
         with patched(model, self.base, kernel=self.kernel, strict=False), torch.no_grad(), evaluating(model):
             self.layers = Layers(model, self.anatomy)
-            with recording(self.layers) as self.recorded:
+            with (
+                recording(self.layers) as self.recorded,
+                watching(model, self.layers, self.anatomy) as watched,
+            ):
                 self.clean = self._forward(self.inputs)
-        self.checked = {} if checked is None else checked
+        self.behind = watched.behind() if positions is not None else ()
+        self.checked = checked or Checked()
         if not fast:
-            self.checked = dict.fromkeys(range(len(self.recorded.calls) + 1), LOOP)
+            self.checked.starts = dict.fromkeys(range(len(self.recorded.calls) + 1), LOOP)
 
     def run(self, specs: Sequence[Spec], read: Callable[[int, Any], None]) -> None:
         """Calls read(number of the spec, output) for each, in the order of the layers where they begin.
@@ -110,9 +124,10 @@ class Sweep:
 
     def _outputs(self, specs: list[Spec], first: int) -> Iterator[Any]:
         """The outputs under specs whose first cuts are in one call of a layer, each while no other forward has run since."""
-        if first not in self.checked:
-            self.checked[first] = self._trusted(self._addresses(specs[0]), first)
-        start = self.checked[first]
+        starts = self.checked.starts
+        if first not in starts:
+            starts[first] = self._trusted(self._addresses(specs[0]), first)
+        start = starts[first]
         if start == LOOP:
             yield from (self._plain(spec, self.inputs, 1) for spec in specs)
         else:
@@ -136,6 +151,7 @@ class Sweep:
             warnings.catch_warnings(),
             patched(self.model, blocks, kernel=self.kernel, strict=False),
             starting_at(self.layers, self.recorded, first, batch),
+            narrowed(self.behind if self.checked.is_narrow else (), self.positions or ()),
         ):
             if first:
                 warnings.simplefilter("ignore", NotFiredWarning)  # of cuts that the model has in layers which do not run
@@ -145,8 +161,9 @@ class Sweep:
     def _trusted(self, addresses: Sequence[str], first: int) -> int:
         """Where cuts in a call of a layer can be started: there, at 0, or LOOP; with a note why, if not there."""
         for start in dict.fromkeys((first, 0)):
-            # One example costs least; all of them where something looks at more, such as a reference for the whole batch.
-            for rows in dict.fromkeys((1, self.rows)):
+            # What costs least first. All examples where something looks at more, such as a reference for the whole batch.
+            for is_narrow, rows in ((True, 1), (False, 1), (False, self.rows)):
+                self.checked.is_narrow &= is_narrow
                 try:
                     problem = self._problem(addresses, start, rows)
                 except Exception as error:  # of whatever kind a forward raises that does not take copies of its batch
@@ -163,7 +180,7 @@ class Sweep:
         at the first.
         """
         clean, inputs = (first_rows(value, self.rows, rows) for value in (self.clean, self.inputs))
-        if any(known != LOOP for known in self.checked.values()):
+        if any(known != LOOP for known in self.checked.starts.values()):
             return difference(self._blocks([Spec()], start, rows), clean)
         cut = Spec([Freeze("ov", [address]) for address in addresses])
         alone = self._plain(cut, inputs, rows / self.rows)
@@ -198,7 +215,9 @@ def difference(found: Any, expected: Any) -> str:
     """How two outputs differ by more than rounding, in words; "" if they do not."""
     pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
     for a, b in pairs:
-        if not isinstance(a, Tensor) or not a.is_floating_point() or not a.dim():
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            continue
+        if not a.dim() and not a.isnan():  # a mean over examples, of which there may be fewer
             continue
         if a.shape != b.shape:
             return f"an output of shape {tuple(a.shape)}, not {tuple(b.shape)}"
