@@ -196,6 +196,13 @@ def test_the_sign_flip_test_is_exact_for_few_examples() -> None:
     assert np.isnan(paired(np.array([3.0])).p) and paired(np.array([3.0])).effect == 3.0
 
 
+@pytest.mark.parametrize("rounding", [0.0, 2e-16, 1e-15])
+def test_differences_that_are_one_number_but_for_rounding_have_an_interval_of_a_point(rounding: float) -> None:
+    """As of a model whose examples are alike: there is nothing to resample, and the jackknife would divide 0 by 0."""
+    found = paired(-7.0 * (1 + rounding * np.arange(6)))
+    assert (found.low, found.high, found.p) == (found.effect, found.effect, 2 / 2**6) and found.size == -np.inf
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     inside = 0

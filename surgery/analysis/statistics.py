@@ -11,6 +11,8 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 9999
+SAME = 1e-12
+"""Differences that are closer to each other than this part of the largest differ by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def paired(differences: np.ndarray, confidence: float = 0.95, resamples: int = R
     effect = float(d.mean())
     if len(d) < 2 or not np.isfinite(d).all():
         return Paired(effect, nan, nan, nan, nan, nan, nan)
-    if np.ptp(d) == 0:  # the same everywhere: nothing to resample
+    if np.ptp(d) <= SAME * np.abs(d).max():  # the same everywhere: nothing to resample
         size = 0.0 if effect == 0 else float(np.copysign(np.inf, effect))
         return Paired(effect, size, effect, effect, size, size, 1.0 if effect == 0 else float(2.0 ** (1 - len(d))))
     unit = float(np.abs(d).max())  # squares of the tiniest numbers are nothing
