@@ -1,7 +1,7 @@
 """Findings on a model whose circuit is known (tests/planted.py): each number is algebra on the weights, none is the library's.
 
-On a prompt BOS a1 .. a6 a1 .. a5 the answer is a6. At the last position, t = 11, the induction head gives HIT / (HIT + 11), which
-is 9/20, of its weight to the one match, a6 at 6, so that a6 has 9 logits more than a token that is not there; uniform attention
+On a prompt BOS a1 .. a6 a1 .. a5 the answer is a6. At the last position, t = 11, the induction head gives HIT / (HIT + 11),
+9/20, of its weight to the one match, a6 at 6, so that a6 has 9 logits more than a token that is not there; uniform attention
 would give it 20 / 12. MARK has MOVED · 22/33 = 4 logits by the mover alone.
 """
 

@@ -30,6 +30,8 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         float(re.search(rf"{name}: ([\d.]+)", printed)[1]) for name in ("intact", "QK of head 3 frozen", "OV of head 3 frozen")
     )  # type: ignore[index]
     assert qk > intact + 1 and ov > intact + 1, "the head that the page cuts is the one that matters"
+    shown = re.findall(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert shown and all(text in printed for text in shown), "what the page shows is what its examples print"
 
 
 @pytest.mark.parametrize("name", TABLES)
