@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,9 @@ from families import FAMILIES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
 
-from surgery import Freeze, NoMatchError, SpecError, collect_reference, patched
+from surgery import Freeze, NoMatchError, SpecError, collect_reference, patch_model, patched
 from surgery.analysis import metrics
 from surgery.analysis.ablation import Study, ablation_study, cumulative_ablation
 from surgery.analysis.journal import Journal
@@ -176,17 +180,25 @@ def _written(folder: Path, about: dict[str, Any]) -> Path:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12))
-@example([0.0, 7.6e-284])
-def test_paired_numbers_hold_together(values: list[float]) -> None:
-    found = paired(np.array(values), resamples=499)
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12), st.randoms())
+@example([0.0, 7.6e-284], Random(0))
+def test_paired_numbers_hold_together(values: list[float], random: Any) -> None:
+    """Of at most 12 examples, whose signs are flipped in all ways: 2^12 are fewer than the resamples."""
+    found = paired(np.array(values))
     assert 0 < found.p <= 1
     assert found.effect == pytest.approx(np.mean(values))
+    assert found.low <= found.effect <= found.high
     if np.ptp(values) > 1e-6:
-        assert found.low <= found.high and found.size_low <= found.size_high
+        assert found.size_low <= found.size_high
         assert found.size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
-    flipped = paired(-np.array(values), resamples=499)
-    assert flipped.effect == -found.effect and flipped.size == -found.size
+    flipped = paired(-np.array(values))
+    assert (flipped.effect, flipped.size, flipped.p) == (-found.effect, -found.size, found.p)
+    assert [flipped.low, flipped.high] == pytest.approx([-found.high, -found.low], rel=1e-9, abs=1e-9)
+    larger = paired(4 * np.array(values))  # a power of two: no digit changes
+    assert vars(larger) == pytest.approx({**vars(found), **{k: 4 * getattr(found, k) for k in ("effect", "low", "high")}})
+    other = paired(np.array(random.sample(values, len(values))))
+    assert [other.effect, other.size] == pytest.approx([found.effect, found.size], rel=1e-9, abs=1e-9)
+    assert other.p == pytest.approx(found.p), "in whatever order examples come"
 
 
 def test_the_sign_flip_test_is_exact_for_few_examples() -> None:
@@ -220,17 +232,62 @@ def test_corrected_p_values_are_those_of_benjamini_and_hochberg() -> None:
     assert np.isnan(corrected(np.array([np.nan]))).all()
 
 
-def test_nothing_planted_gives_five_per_cent_of_small_p_values() -> None:
-    """Random weights, random tokens, and a metric that no head has a part in: the logit of one random token over another's."""
+@given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=20), st.randoms())
+def test_correction_keeps_the_order_and_depends_on_no_other(p: list[float], random: Any) -> None:
+    found = corrected(np.array(p))
+    assert (found >= p).all() and (found <= 1).all()
+    assert (np.diff(found[np.argsort(p)]) >= 0).all(), "who was smaller stays so, or they are alike"
+    by_definition = [min(len(p) * q / sum(r <= q for r in p) for q in p if q >= own) for own in p]
+    np.testing.assert_allclose(found, np.minimum(by_definition, 1))
+    order = random.sample(range(len(p)), len(p))
+    np.testing.assert_allclose(corrected(np.array(p)[order]), found[order])
+    smaller = np.array(p) * [0.5, *[1] * (len(p) - 1)]
+    assert (corrected(smaller) <= found + 1e-15).all(), "evidence for one takes nothing from the others"
+
+
+def p_values(models: int, choose: Callable[[Any, Tensor, torch.Generator], tuple[Tensor, Tensor]]) -> np.ndarray:
+    """A study of each head's QK and OV in random models on random tokens, and for each cut a metric of its own.
+
+    choose: of the model and its tokens, for each example the token whose logit is taken, and the one that is subtracted.
+    """
     found = []
-    for seed in range(6):
-        model = FAMILIES["gpt2"].build(seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(5, 60, (40, 8), generator=generator)
-        right, wrong = torch.randint(5, 60, (2, 40), generator=generator)
-        study = ablation_study(model, ids, ("qk", "ov"), metrics=metrics.logit_difference(right, wrong), progress=False)
-        found += study.frame.p.tolist()
-    share = np.mean(np.array(found) < 0.05)
-    # 96 tests, of which heads of one model share examples and are not quite independent.
-    assert 0 <= share <= 0.15, share
-    assert stats.kstest(found, "uniform").pvalue > 1e-4
+    for seed in range(models):
+        model, generator = patch_model(FAMILIES["gpt2"].build(seed=seed)), torch.Generator().manual_seed(seed)
+        ids = torch.randint(5, 60, (12, 8), generator=generator)
+        for layer, head, circuit in itertools.product((0, 1), range(4), ("qk", "ov")):
+            metric = metrics.logit_difference(*choose(model, ids, generator))
+            study = ablation_study(model, ids, circuit, [layer], [head], metrics=metric, progress=False)
+            found += study.frame.p.tolist()
+    return np.array(found)
+
+
+def by_lot(model: Any, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    right, wrong = torch.rand(len(ids), 55, generator=generator).argsort(1)[:, :2].T + 5
+    return right, wrong
+
+
+def test_nothing_planted_gives_five_per_cent_of_small_p_values() -> None:
+    """Which of two random tokens is the right one is drawn by lot, so that no cut can have an effect on it.
+
+    The null hypothesis holds by construction: right and wrong could be exchanged in each example, so that each difference is as
+    likely as its opposite, whatever a cut does to logits. Lots are drawn for each cut anew: so are the tests independent, and
+    small p-values are binomial.
+    """
+    found = p_values(13, by_lot)
+    low, high = stats.binom.interval(0.999, len(found), 0.05)
+    assert len(found) == 208 and low >= 2 and high <= 22
+    assert low <= (found < 0.05).sum() <= high, (found < 0.05).sum()
+    assert stats.kstest(found, "uniform").pvalue > 1e-3, "nor are they of any other shape"
+    assert corrected(found).min() > 0.05, "nothing is left when that many are tested"
+
+
+def test_something_planted_gives_more() -> None:
+    """The same with the model's own answer as the right token, which a cut of a head takes something from."""
+
+    def own(model: Any, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return model(ids).logits[:, -1].argmax(-1), by_lot(model, ids, generator)[1]
+
+    found = p_values(2, own)
+    assert (found < 0.05).sum() > stats.binom.interval(0.999, len(found), 0.05)[1]
+    assert (corrected(found) < 0.05).any()
