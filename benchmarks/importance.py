@@ -1,12 +1,13 @@
 """What scores of all heads cost, in forwards, and how they rank: `python -m benchmarks.importance [--quick] [--json FILE]`.
 
 A random GPT-2 of the small model's shape, the metric a logit difference at the last position. Every method runs alternately
-with one plain forward of the same model (`benchmarks.timing`). Ranks are compared with exact patching of every head's circuits.
+with one plain forward of the same model (`benchmarks.timing`). Ranks are compared with exact patching of every head's circuits;
+also on the demo model, whose attention is saturated, so that plain attribution ranks its QK circuits wrongly and AtP* does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from benchmarks import arguments, models, results
 from benchmarks.results import Row, row
 from benchmarks.timing import interleave
 from surgery import patch_model
-from surgery.analysis.importance import head_importance
-from surgery.analysis.metrics import logit_difference
+from surgery.analysis.importance import Importance, head_importance
+from surgery.analysis.metrics import logit_difference, loss
+from surgery.demo import load_model
+from surgery.demo.data import repeated_sequences
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Settings:
 
 
 QUICK = Settings(rounds=2, batch=1, length=32, ranks=False)
-METHODS: tuple[tuple[str, dict[str, Any], float | None], ...] = (
+Method = tuple[str, dict[str, Any], float | None]
+METHODS: tuple[Method, ...] = (
     ("attribution patching, to zero", {"method": "atp", "to": "zero"}, None),
     ("attribution patching, to corrupted", {"method": "atp"}, None),
     ("AtP* without GradDrop", {"method": "atp*", "drop_layers": False}, None),
@@ -48,7 +52,7 @@ METHODS: tuple[tuple[str, dict[str, Any], float | None], ...] = (
 
 
 def measure(s: Settings) -> Iterator[Row]:
-    """Costs in forwards, then Spearman's rank correlations of magnitudes, by circuit."""
+    """Costs in forwards, then rank correlations of magnitudes, by circuit."""
     model = models.gpt2(s.layers, s.heads, s.heads * s.d_head, head=True, device=s.device, seed=s.seed)
     patch_model(model)
     clean, other = (models.tokens(s.batch, s.length, s.device, s.seed + n) for n in range(2))
@@ -69,14 +73,29 @@ def measure(s: Settings) -> Iterator[Row]:
         yield row(group, what, {**pairs.to_dict(), "forwards": found.forwards, "backwards": found.backwards}, target)
     if not s.ranks:
         return
-    exact = score({"method": "ablation"}).frame
-    for what, options, _ in METHODS[1:]:
-        frame = score(options).frame.assign(exact=exact.exact.abs())
+    yield from _ranks("patching, random model", METHODS[1:], score)
+    demo, text = patch_model(load_model().double()), repeated_sequences(8, 20, 64, s.seed)
+    second = loss(range(22, 41))
+    yield from _ranks(
+        "cuts to zero, demo model, loss of the second copy",
+        (METHODS[0], *METHODS[2:]),
+        lambda options: head_importance(demo, text, None, second, **{**options, "to": "zero"}),
+    )
+
+
+def _ranks(group: str, methods: Sequence[Method], score: Callable[[dict[str, Any]], Importance]) -> Iterator[Row]:
+    """What exact scores of the same heads take, in whole forwards' worth, and Spearman's correlations with them."""
+
+    def number(value: float) -> dict[str, float]:
+        return dict.fromkeys(("value", "low", "high"), value)
+
+    exact = score({"method": "ablation"})
+    yield row(f"exact {group}: work of the sweep, in forwards", "QK and OV of all heads", number(exact.forwards))
+    for what, options, _ in methods:
+        frame = score(options).frame.assign(exact=exact.frame.exact.abs())
         for circuit, rows in frame.groupby("circuit", sort=False):
             value = float(rows.magnitude.corr(rows.exact, method="spearman"))
-            yield row(
-                "rank correlation with exact patching", f"{what}: {circuit}", dict.fromkeys(("value", "low", "high"), value)
-            )
+            yield row(f"rank correlation with exact {group}", f"{what}: {circuit}", number(value))
 
 
 def main() -> None:

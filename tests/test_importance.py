@@ -555,13 +555,45 @@ def test_the_strongest_edge_of_the_demo_model_is_into_the_induction_heads_key() 
     assert (best.address, best["head"], best.to_address, best.to_head, best.input) == ("self.0", 0, "self.1", 3, "k")
 
 
+def test_ranks_and_costs_on_the_demo_model() -> None:
+    """Its attention is saturated: plain attribution ranks its QK circuits worst of all, and the softmax again finds them.
+
+    In float64, as most heads change the loss by 1e-7 nats. OV has no softmax to see through, and ranks alike.
+    """
+    model, text, metric = load_model().double(), repeated_sequences(8, 20, 64, 0), metrics.loss(range(22, 41))
+    with capture(model, ["pattern"], [0], [0]) as run, torch.no_grad():
+        model(text)
+    assert run[0, "pattern"].amax(-1).median() > 0.99
+
+    def ranks(method: str, **options: Any) -> tuple[dict[str, float], tuple[float, float], Any]:
+        found = head_importance(model, text, None, metric, method, circuits=["qk", "ov"], to="zero", **options)
+        frame = found.frame.assign(exact=exact.frame.exact.abs())
+        parts = {c: rows.magnitude.corr(rows.exact, method="spearman") for c, rows in frame.groupby("circuit")}
+        return parts, (found.forwards, found.backwards), found
+
+    exact = head_importance(model, text, None, metric, "ablation", circuits=["qk", "ov"], to="zero")
+    (plain, cost, slopes), (star, star_cost, found) = ranks("atp"), ranks("atp*", drop_layers=False)
+    assert plain["ov"] > 0.95 and star["ov"] > 0.95
+    assert plain["qk"] < 0.5 and star["qk"] > 0.95
+    # The head of the first layer, of whose pattern the loss hangs as of few others: 4 nats.
+    assert exact.matrix("qk").loc["self.0"].idxmax() == 0 and exact.matrix("qk").loc["self.0", 0] > 4
+    assert found.matrix("qk", "magnitude").loc["self.0", 0] > 20 * slopes.matrix("qk", "magnitude").loc["self.0", 0]
+    assert (cost, star_cost) == ((1, 1), (2, 1)), "AtP* has a forward more, for the patterns"
+    assert exact.forwards > 10 > sum(star_cost), "16 cuts, and half of them begin at the last layer"
+
+
 def test_the_benchmark_counts_right() -> None:
     rows = list(importance.measure(importance.Settings(rounds=2, layers=2, heads=4, d_head=4, batch=2, length=8)))
-    assert len({(row["group"], row["what"]) for row in rows}) == len(rows) == len(importance.METHODS) + 4 * 2
-    costs, ranks = rows[: len(importance.METHODS)], rows[len(importance.METHODS) :]
+    assert len({(row["group"], row["what"]) for row in rows}) == len(rows) == len(importance.METHODS) + 2 * (1 + 4 * 2)
+    costs = rows[: len(importance.METHODS)]
     assert [(row["forwards"], row["backwards"]) for row in costs] == [(1, 1), (2, 1), (3, 1), (3, 3), (10, 8)]
     assert all(0 < row["low"] <= row["value"] <= row["high"] for row in costs)
-    assert all(-1 <= row["value"] <= 1 for row in ranks)
+    ranks = {(row["group"], row["what"]): row["value"] for row in rows if row["group"].startswith("rank")}
+    assert len(ranks) == 2 * 4 * 2 and all(-1 <= value <= 1 for value in ranks.values())
+    demo = {what: value for (group, what), value in ranks.items() if "demo" in group}
+    assert demo["AtP*: qk"] > 0.95 > 0.5 > demo["attribution patching, to zero: qk"]
+    works = [row["value"] for row in rows if row["group"].startswith("exact")]
+    assert len(works) == 2 and all(10 < work < 40 for work in works), "at least half a forward for each of 16 cuts"
 
 
 # -- any model, any state -----------------------------------------------------------------------------------------------
