@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from surgery import SpecError
 from surgery.analysis import metrics
 from surgery.analysis.batches import batches
+from surgery.analysis.importance import head_importance
+from surgery.analysis.logit_attribution import direct_logit_attribution
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.reading import Reading
 from surgery.demo import load_model
@@ -133,3 +135,15 @@ def test_data_in_every_form(ids: Tensor) -> None:
     for wrong, message in ((5, "a int"), ("text", "a str"), ([], "no batches"), ([5], "batch of type int")):
         with pytest.raises(SpecError, match=message):
             batches(model, wrong)
+
+
+def test_labels_beside_a_metric_of_one_position(ids: Tensor) -> None:
+    """The model's own loss needs all logits, and is computed where labels are given."""
+    model, metric = load_model(), metrics.logit_difference(5, 7)
+    given = {"input_ids": ids, "labels": ids}
+    for measure in (
+        lambda g: head_importance(model, g, metric=metric, method="atp", to="zero", verify_top=2),
+        lambda g: direct_logit_attribution(model, g, metric=metric),
+    ):
+        labelled, plain = (measure(g).frame.select_dtypes("number").to_numpy() for g in (given, ids))
+        np.testing.assert_allclose(labelled, plain, atol=1e-4)  # products of one position round otherwise

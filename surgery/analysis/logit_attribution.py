@@ -142,7 +142,8 @@ class _Forward:
         length = next(v.shape[1] for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1)
         (position,) = metric.positions or (-1,)
         self.position = position % length
-        is_kept = "logits_to_keep" in inspect.signature(model.forward).parameters
+        is_free = batch.get("labels") is None  # a model's own loss needs all logits
+        is_kept = "logits_to_keep" in inspect.signature(model.forward).parameters and is_free
         self.more = {"logits_to_keep": torch.tensor([self.position])} if is_kept else {}
 
     def __call__(self) -> Tensor:

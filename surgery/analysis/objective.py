@@ -30,7 +30,8 @@ class Objective:
         self.base, self.kernel = cuts_of(model)
         names = inspect.signature(model.forward).parameters
         self.inputs = uncached(model, inputs)
-        self.keeps = self.metric.positions is not None and "logits_to_keep" in names
+        is_free = self.inputs.get("labels") is None  # a model's own loss needs all logits
+        self.keeps = self.metric.positions is not None and "logits_to_keep" in names and is_free
         self.clean: Tensor | None = None
         self.start: float | None = None
         self.forwards, self.backwards = 0.0, 0.0

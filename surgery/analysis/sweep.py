@@ -72,7 +72,8 @@ class Sweep:
         self.inputs = uncached(model, inputs)
         length = next((v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), 1)
         self.positions, self.more = positions, {}
-        if positions is not None and "logits_to_keep" in names:
+        is_free = inputs.get("labels") is None  # a model's own loss needs all logits
+        if positions is not None and "logits_to_keep" in names and is_free:
             self.more = {"logits_to_keep": torch.tensor([p % length for p in positions], device=runs_on(model))}
         self.copies = max(1, (tokens or TOKENS.get(runs_on(model).type, TOKENS["other"])) // (self.rows * length))
         self.notes: list[str] = []
