@@ -473,6 +473,10 @@ def test_the_best_are_verified_and_a_sample_bounds_the_rest() -> None:
     assert beyond <= found.bound, "true of this sample, as of 95 % of samples"
     shown = repr(found)
     assert "none changes more than" in shown and "backwards" in shown and "<table" in found._repr_html_()
+    panels = found.against_exact().axes
+    assert [panel.get_title().split("\n")[0] for panel in panels] == ["QK", "OV"], "each of its own heads"
+    assert sum(int(panel.get_title().split(", ")[-1].split()[0]) for panel in panels) == 30
+    assert panels[0].get_xlabel() == "exact change of logit difference (logits)"
     other = head_importance(model, clean, corrupted, METRIC, "atp", verify_top=10, sample=20, seed=1)
     assert other.sampled != found.sampled
 
@@ -541,6 +545,19 @@ def test_where_a_norm_saturates_the_integral_sees_what_slopes_do_not() -> None:
         assert integral.score[node] == pytest.approx(exact.score[node], rel=0.2)
 
 
+def test_pictures_of_what_there_is_not_are_refused() -> None:
+    model, (clean, corrupted) = deep_model(layers=2), prompts()
+    exact = head_importance(model, clean, corrupted, METRIC, "ablation", heads=[0])
+    with pytest.raises(SpecError, match="found scores that are exact themselves"):
+        exact.against_exact()
+    with pytest.raises(SpecError, match="found no exact changes"):
+        head_importance(model, clean, corrupted, METRIC, "atp", heads=[0]).against_exact()
+    with pytest.raises(SpecError, match="found no edges"):
+        exact.edge_picture()
+    every = head_importance(model, clean, corrupted, METRIC, "atp", verify_top=1, sample=100)
+    assert every.bound == 0 and every.frame.exact.notna().all(), "no others are left"
+
+
 def test_the_strongest_edge_of_the_demo_model_is_into_the_induction_heads_key() -> None:
     model, clean = load_model(), repeated_sequences(8, 20, 64, 0)
     corrupted = torch.cat([repeated_sequences(8, 20, 64, 1)[:, :21], clean[:, 21:]], 1)
@@ -551,6 +568,10 @@ def test_the_strongest_edge_of_the_demo_model_is_into_the_induction_heads_key() 
     assert table.notna().sum().sum() == 16 and table.loc[("self.0", 0), ("self.1", 3)] == table.abs().max().max()
     with pytest.raises(SpecError, match="found 'z'; expected edges into q, k or v"):
         found.edge_matrix("z")
+    figure = found.edge_picture()
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["into q", "into k", "into v"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()][-1] == "1.3"
+    assert [axes.get_title() for axes in found.picture().axes[:2]] == ["QK: where it looks", "OV: what it moves"]
     best = edges.loc[edges.score.abs().idxmax()]
     assert (best.address, best["head"], best.to_address, best.to_head, best.input) == ("self.0", 0, "self.1", 3, "k")
 

@@ -276,6 +276,16 @@ def test_frames_pictures_and_text(tmp_path: Any) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".pdf"}
 
 
+def test_positions_bear_their_tokens() -> None:
+    model, clean, corrupted = FAMILIES["gpt2"].build(), inputs_of("gpt2", 0), inputs_of("gpt2", 1)
+    found = activation_patching(model, clean, corrupted, last_logit, positions=[0, 2, -1], **QUIET)
+    for tokens, rotation in ((["a", "b", "$c$"], 0), (["a", "b", "a long word of many"], 90)):
+        axes = found.picture(tokens=tokens).axes[0]
+        labels = axes.get_xticklabels()
+        assert [label.get_text() for label in labels] == ["0 a", f"2 {tokens[2]}", str(LENGTH - 1)]
+        assert {label.get_rotation() for label in labels} == {rotation} and not labels[1].get_parse_math()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model, clean, corrupted = FAMILIES["llama"].build(), inputs_of("llama", 0), inputs_of("llama", 1)
     short = {name: tensor[:, :-1] for name, tensor in corrupted.items()}

@@ -21,6 +21,8 @@ COLORS = "RdBu_r"
 """White at the middle of the scale; readable by colour-blind readers."""
 NUMBERED = 12
 """Cells hold their numbers up to this many rows and columns."""
+CHARACTER = 0.09
+"""Inches that one takes at a tick, with its share of the space between."""
 PANELS = 3
 """Most panels in one row."""
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -61,7 +63,9 @@ def heat_maps(maps: Mapping[str, Labelled], title: str = "", middle: float = 0.0
         image = place.imshow(values, norm=norm, cmap=colors, aspect="auto", interpolation="nearest")
         place.set_title(name, fontsize=11)
         place.set_xlabel(axes[-1])
-        place.set_xticks(*_ticks([str(label) for label in first.axes[axes[-1]]], 20 if width > 5 else 12))
+        at, texts = _ticks([str(label) for label in first.axes[axes[-1]]], 20 if width > 5 else 12)
+        is_crowded = len(texts) * max(map(len, texts), default=0) * CHARACTER > width
+        place.set_xticks(at, texts, rotation=90 if is_crowded else 0, parse_math=False)
         place.set_yticks(*_ticks(names, 48))
         if number % across == 0:
             place.set_ylabel(" · ".join(axes[:-1]))

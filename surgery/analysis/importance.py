@@ -10,22 +10,29 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy import stats
 
 from surgery.analysis.atpstar import attribution_star
 from surgery.analysis.attribution import Scores, attribution
 from surgery.analysis.baselines import CIRCUIT_SITES, Baseline, Selection, baseline_of
 from surgery.analysis.batches import Batch, batches
+from surgery.analysis.charts import heat_maps
 from surgery.analysis.edges import edge_scores
 from surgery.analysis.exact import Node, exact_changes
 from surgery.analysis.integrated import integrated
+from surgery.analysis.labelled import Labelled
+from surgery.analysis.metrics import Metric
 from surgery.analysis.objective import Objective
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of, as_spec, cuts_of, patched
+from surgery.plots import head_maps, importance_against_exact
 from surgery.spec import Freeze, Spec
 
 METHODS = ("ablation", "atp", "atp*", "ig")
+TITLES = {"qk": "QK: where it looks", "q": "q", "k": "k", "ov": "OV: what it moves", "v": "v"}
+ENDS = ("sender (layer.head)", "receiver (layer.head)")
 CONFIDENCE = 0.95
 
 
@@ -35,15 +42,22 @@ class Importance:
     frame: a row for each head and circuit: address, head, circuit, score (estimated change of the metric's mean), dropped (of
       GradDrop; NaN without), magnitude (by which heads are ranked: the larger of dropped and the score's size), exact (the
       change when it is done; NaN where it was not).
-    baseline: the metric without changes. positions: by (address, circuit), estimates (head, position) of each position's
-      share, heads in the order of the frame; of circuits of one site, by gradients. edges: see `surgery.analysis.edges`.
+    metric, unit, baseline: the metric's name, its unit, and what it is without changes.
+    positions: by (address, circuit), estimates (head, position) of each position's share, heads in the order of the frame; of
+      circuits of one site, by gradients. edges: see `surgery.analysis.edges`.
     forwards, backwards: passes that it took, in whole forwards' worth. sampled: rows that were verified by chance.
     """
 
     def __init__(
-        self, frame: pd.DataFrame, method: str, metric: str, baseline: float, positions: Mapping[tuple[str, str], np.ndarray]
+        self,
+        frame: pd.DataFrame,
+        method: str,
+        metric: Metric,
+        baseline: float,
+        positions: Mapping[tuple[str, str], np.ndarray],
     ) -> None:
-        self.frame, self.method, self.metric, self.baseline, self.positions = frame, method, metric, baseline, positions
+        self.frame, self.method, self.baseline, self.positions = frame, method, baseline, positions
+        self.metric, self.unit = metric.name, metric.unit
         self.forwards, self.backwards = 0.0, 0.0
         self.sampled: list[int] = []
         self.edges: pd.DataFrame | None = None
@@ -72,6 +86,53 @@ class Importance:
         table = rows.pivot(index=["address", "head"], columns=["to_address", "to_head"], values="score")
         return table.reindex(index=order)
 
+    def picture(self) -> Figure:
+        """Heat maps of the scores over layer × head, the circuits side by side; `surgery.plots.save` writes it."""
+        tables = {circuit: self.matrix(circuit) for circuit in self.frame.circuit.unique()}
+        return head_maps(
+            {TITLES[circuit]: table.to_numpy() for circuit, table in tables.items()},
+            layers=list(next(iter(tables.values())).index),
+            title="What replacing each head's circuits changes",
+            subtitle=f"{self._how}; {self.metric} as it is {self.baseline:.3g}",
+            unit=f"change of {self.metric}{self._unit}",
+        )
+
+    def against_exact(self) -> Figure:
+        """Scores over the exact changes, a panel for each circuit, of what was verified. Raises SpecError if nothing was."""
+        rows = self.frame.dropna(subset=["exact"])
+        if self.method == "ablation" or rows.empty:
+            found = "scores that are exact themselves" if self.method == "ablation" else "no exact changes"
+            raise SpecError(describe("against_exact", found, "estimates that were verified", "Pass verify_top with a method."))
+        names = [f"{_short(address)}.{head}" for address, head in zip(rows["address"], rows["head"], strict=True)]
+        panels = {TITLES[c].partition(":")[0]: rows.score.where(rows.circuit == c).to_numpy() for c in rows.circuit.unique()}
+        return importance_against_exact(
+            panels,
+            rows.exact.to_numpy(),
+            names=names,
+            unit=f"change of {self.metric}{self._unit}",
+            title=f"{self.method} against doing it",
+        )
+
+    def edge_picture(self) -> Figure:
+        """Heat maps of edges, senders × receivers, a panel for each of q, k and v. Raises SpecError if there are none."""
+        maps = {}
+        for name in ("q", "k", "v") if self.edges is None else self.edges.input.unique():
+            table = self.edge_matrix(name)
+            axes = {
+                what: [f"{_short(a)}.{h}" for a, h in index]
+                for what, index in zip(ENDS, (table.index, table.columns), strict=True)
+            }
+            maps[f"into {name}"] = Labelled(table.to_numpy(), axes, f"change of {self.metric}", self.unit)
+        return heat_maps(maps, "What passes from head to head, to first order")
+
+    @property
+    def _how(self) -> str:
+        return "exact" if self.method == "ablation" else f"estimated by {self.method}"
+
+    @property
+    def _unit(self) -> str:
+        return f" ({self.unit})" if self.unit else ""
+
     @property
     def correlation(self) -> float:
         """Rank correlation (Spearman) of magnitudes with the exact changes' sizes, over what was verified; NaN below three."""
@@ -87,8 +148,10 @@ class Importance:
     def bound(self) -> float:
         """At most this share of the heads that were not among the best change more than `missed`, with 95 % confidence.
 
-        A sample of n in which none is larger than its largest: 1 - 0.05^(1/n). NaN without a sample.
+        A sample of n in which none is larger than its largest: 1 - 0.05^(1/n). NaN without a sample, 0 if it is all of them.
         """
+        if self.sampled and self.frame.exact.notna().all():
+            return 0.0
         return 1 - (1 - CONFIDENCE) ** (1 / len(self.sampled)) if self.sampled else float("nan")
 
     def __repr__(self) -> str:
@@ -168,7 +231,7 @@ def head_importance(
         if method == "ablation":
             done = exact_changes(objective, nodes, baseline, tokens)
             rows = [(*node, done.changes[node], np.nan, done.changes[node]) for node in nodes]
-            found = Importance(_frame(rows), method, objective.metric.name, done.start, {})
+            found = Importance(_frame(rows), method, objective.metric, done.start, {})
             found.forwards, found.notes = done.forwards, list(done.notes)
         else:
             found = _estimated(objective, method, chosen, circuits, baseline, steps, path, drop_layers)
@@ -210,7 +273,7 @@ def _estimated(
     ]
     positions = {key: score.sum(0).cpu().numpy() for key, score in scores.items() if len(baseline.sites(key[1])) == 1}
     assert objective.start is not None
-    return Importance(_frame(rows), method, objective.metric.name, objective.start, positions)
+    return Importance(_frame(rows), method, objective.metric, objective.start, positions)
 
 
 def _frame(rows: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
@@ -245,6 +308,10 @@ def _selection(model: Any, layers: Any, heads: Any) -> Selection:
         (a.address, tuple(range(a.heads)) if checked.heads == "all" else tuple(sorted(checked.heads)))
         for a in anatomy.select(checked.layers, "head_importance")
     ]
+
+
+def _short(address: str) -> str:
+    return address.removeprefix("self.")
 
 
 def _receivers(model: Any, heads: Sequence[tuple[str | int, int]]) -> Selection:

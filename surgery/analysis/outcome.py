@@ -94,12 +94,15 @@ class Patching:
         frame = self.to_frame()
         return frame.loc[frame.effect.abs().sort_values(ascending=False, kind="stable").index].head(count)
 
-    def picture(self, view: str = "effect", keys: Sequence[str] | None = None) -> Figure:
-        """A heat map for each key, on one scale; white is a patch that changes nothing. view: of VIEWS."""
+    def picture(self, view: str = "effect", keys: Sequence[str] | None = None, tokens: Sequence[str] = ()) -> Figure:
+        """A heat map for each key, on one scale; white is a patch that changes nothing.
+
+        view: of VIEWS. tokens: texts of the positions, from the first; where one is empty the number stands alone.
+        """
         if view not in VIEWS:
             do = closest(view, VIEWS) or "Choose one of these."
             raise SpecError(describe("picture", f"view={view!r}", ", ".join(map(repr, VIEWS)), do))
-        maps = {self._title(key): getattr(self, view)(key) for key in keys or self.keys}
+        maps = {self._title(key): _worded(getattr(self, view)(key), tokens) for key in keys or self.keys}
         before = self.clean if self.base == "clean" else self.corrupted
         assert before is not None
         unchanged = {"value": float(before.mean()), "effect": 0.0, "recovery": 1.0 if self.base == "clean" else 0.0}
@@ -131,3 +134,11 @@ class Patching:
 
     def _repr_html_(self) -> str:
         return self.top().to_html(index=False)
+
+
+def _worded(array: Labelled, tokens: Sequence[str]) -> Labelled:
+    """The same with the tokens' texts beside positions."""
+    if not tokens or "position" not in array.axes:
+        return array
+    places = [f"{p} {tokens[p]}".strip() if p < len(tokens) else str(p) for p in array.axes["position"]]
+    return Labelled(array.values, {**array.axes, "position": places}, array.name, array.unit, array.present)

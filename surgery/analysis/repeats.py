@@ -61,6 +61,13 @@ class Copies:
         ids = self.ids.to(device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    def reversed(self) -> Tensor:
+        """ids with the first copy said backwards: what followed a token there is now what stood before it."""
+        place = torch.arange(self.ids.shape[1]) - self.start
+        lengths = self.lengths[:, None]
+        is_first = (place >= 0) & (place < lengths)
+        return self.ids.gather(1, torch.where(is_first, lengths - 1 - place, place) + self.start)
+
     def rows(self, number: int) -> Copies:
         """The first so many sequences."""
         return Copies(self.ids[:number], self.lengths[:number], self.start)
