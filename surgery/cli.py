@@ -14,8 +14,10 @@ from surgery.commands.ablate import ablate
 from surgery.commands.demo import demo
 from surgery.commands.families import families
 from surgery.commands.generate import generate
+from surgery.commands.importance import importance
 from surgery.commands.inspect import inspect
 from surgery.commands.patch import patch
+from surgery.commands.patching import patching
 from surgery.commands.schema import schema
 from surgery.commands.verify import verify
 
@@ -25,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (demo, inspect, patch, verify, generate, ablate, families, schema):
+for command in (demo, inspect, patch, verify, generate, ablate, importance, patching, families, schema):
     app.command()(command)
 
 

@@ -10,21 +10,14 @@ import pandas as pd
 import pytest
 from safetensors.torch import save_file
 from test_commands import invoke
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from worded import write_worded
 
-from surgery.demo import load_model
 from surgery.demo.data import repeated_sequences
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    load_model().save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w0").save_pretrained(folder)
-    return folder
+    return write_worded(tmp_path_factory.mktemp("model"))
 
 
 def data(*arguments: Any) -> Any:

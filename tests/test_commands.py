@@ -16,9 +16,9 @@ import torch
 import yaml
 from families import FAMILIES
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
+from worded import write_worded
 
 from surgery import Edit, Freeze, Spec, SurgeryError, collect_reference, load_checkpoint, patch_model
 from surgery.cli import app
@@ -37,10 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/: the demo model with a tokenizer of whole words; specs, means; cut/, baked/, both/: its exports."""
     folder = tmp_path_factory.mktemp("commands")
     model = load_model()
-    model.save_pretrained(folder / "model")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / "model")
+    write_worded(folder / "model")
     CUTS.save(folder / "cuts.yaml")
     NOISE.save(folder / "noise.json")
     Spec().save(folder / "none.yaml")

@@ -57,7 +57,9 @@ ORDER = [
     "surgery.analysis.public", "surgery.analysis",                                                        # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",
-    "surgery.commands", "surgery.commands.shared", "surgery.commands.ablate", "surgery.commands.demo",
+    "surgery.commands", "surgery.commands.shared", "surgery.commands.data", "surgery.commands.pairs",
+    "surgery.commands.report", "surgery.commands.ablate", "surgery.commands.importance", "surgery.commands.patching",
+    "surgery.commands.demo",
     "surgery.commands.inspect", "surgery.commands.patch", "surgery.commands.verify", "surgery.commands.generate",
     "surgery.commands.families", "surgery.commands.schema", "surgery.cli",                                # on top
 ]  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from surgery.commands.data import Layers, in_batches, labelled, layers_of, sequences
+from surgery.commands.report import markdown_table, write_report
 from surgery.commands.shared import (
     Debug,
     Device,
@@ -34,7 +36,7 @@ def ablate(
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are read at a time.")] = 8,
     metric: Annotated[str, typer.Option(help="loss, perplexity, accuracy or kl; several with commas.")] = "loss",
     circuits: Annotated[str, typer.Option(help="qk, ov, both; several with commas.")] = "qk,ov,both",
-    layers: Annotated[str, typer.Option(help="Addresses with commas, such as 3,4 or decoder.cross.*")] = "all",
+    layers: Layers = "all",
     to: Annotated[str, typer.Option(help="What frozen circuits become: zero, mean, noise, resample.")] = "zero",
     seed: Annotated[int, typer.Option(help="Of random tokens, of noise and of resampling.")] = 0,
     device: Device = None,
@@ -51,6 +53,7 @@ def ablate(
         raise typer.BadParameter("Give one of the two.", param_hint="--inputs / --text")
     with messages(debug):
         from surgery.analysis import ablation_study
+        from surgery.analysis.repeats import random_copies
         from surgery.plots import save
         from surgery.pretrained import load_any, tokenizer_of
 
@@ -58,14 +61,16 @@ def ablate(
         given = read_inputs(inputs)
         if given is None:
             tokenizer, missing = tokenizer_of(model, trust_remote_code=trust_remote_code)
-            given = _copies(loaded, tokenizer, rows, seed) if text is None else _text(tokenizer, missing, text, length, rows)
+            if text is None:
+                given = labelled(random_copies(loaded, rows, seed=seed, tokenizer=tokenizer))
+            else:
+                given = sequences(tokenizer, missing, text, length, rows)
         out.mkdir(parents=True, exist_ok=True)
-        names = layers.split(",")
         study = ablation_study(
             loaded,
-            _batches(given, batch),
+            in_batches(given, batch),
             circuits.split(","),
-            "all" if layers == "all" else [int(name) if name.isdecimal() else name for name in names],
+            layers_of(layers),
             to=to,
             metrics=metric.split(","),
             seeds=(seed,),
@@ -74,7 +79,7 @@ def ablate(
         study.frame.to_csv(out / "study.csv", index=False)
         save(study.picture(), out / "heads.png")
         save(study.bars(), out / "effects.png")
-        (out / "report.md").write_text(_report(model, study), encoding="utf-8")
+        _report(out, model, study)
         if as_json:
             write_json({"out": str(out), "rows": study.frame.to_dict("records"), "notes": study.notes})
             return
@@ -82,48 +87,18 @@ def ablate(
         say(f"Table, pictures and report: {out}")
 
 
-def _copies(model: Any, tokenizer: Any, rows: int, seed: int) -> dict[str, Any]:
-    """Random tokens, said twice; labels where the first time determines the second."""
-    from surgery.analysis.repeats import random_copies
-
-    copies = random_copies(model, rows, seed=seed, tokenizer=tokenizer)
-    labels = copies.ids.clone()
-    labels[:, 1:][~copies.scored[:, :-1]] = -100
-    labels[:, 0] = -100
-    return {"input_ids": copies.ids, "labels": labels}
-
-
-def _text(tokenizer: Any, missing: str, text: str, length: int, rows: int) -> dict[str, Any]:
-    """A text in sequences of equal length; its rest is left out. Raises SurgeryError for a text that is too short."""
-    import torch
-
-    from surgery.demo.subject import read_text
-    from surgery.errors import SurgeryError, describe
-
-    if tokenizer is None:
-        do = "Pass --inputs, or leave --text out."
-        raise SurgeryError(describe("--text", f"no tokenizer ({missing})", "one beside the model", do))
-    ids = torch.tensor(tokenizer(read_text(text), add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    if len(ids) < length:
-        raise SurgeryError(describe("--text", f"{len(ids)} tokens", f"at least --length {length}", "Pass a longer text."))
-    return {"input_ids": ids[: len(ids) // length * length].view(-1, length)[:rows]}
-
-
-def _batches(given: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    """Inputs in batches of so many rows."""
-    rows = len(next(iter(given.values())))
-    return [{name: value[i : i + size] for name, value in given.items()} for i in range(0, rows, size)]
-
-
-def _report(model: str, study: Any) -> str:
-    """The largest effects in Markdown, and how they were measured."""
+def _report(out: Path, model: str, study: Any) -> None:
+    """The largest effects, and how they were measured."""
     columns = ["circuit", "address", "head", "metric", "baseline", "effect", "low", "high", "p_fdr"]
-    lines = [f"# What freezing the heads of {Path(model).name} changes", ""]
-    lines += [f"{len(study.cuts)} cuts on {study.examples.shape[-1]} sequences. Effects are means over sequences, with 95 %"]
-    lines += ["intervals by bootstrap and p-values by flipping signs, corrected for all cuts (Benjamini-Hochberg).", ""]
-    lines += [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
-    for row in study.top(20)[columns].itertuples(index=False):
-        cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "![heads](heads.png)", "", "![effects](effects.png)", ""]
-    return "\n".join([*lines, *(f"* {note}" for note in study.notes)])
+    how = [
+        f"{len(study.cuts)} cuts on {study.examples.shape[-1]} sequences. Effects are means over sequences, with 95 %",
+        "intervals by bootstrap and p-values by flipping signs, corrected for all cuts (Benjamini-Hochberg).",
+    ]
+    write_report(
+        out,
+        f"What freezing the heads of {Path(model).name} changes",
+        how,
+        markdown_table(study.top(20), columns),
+        ["![heads](heads.png)", "", "![effects](effects.png)"],
+        [f"* {note}" for note in study.notes],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,8 +83,16 @@ def read_inputs(path: Path | None) -> dict[str, Any] | None:
 
 
 def write_json(data: object) -> None:
-    """To stdout."""
-    typer.echo(json.dumps(data, indent=2))
+    """To stdout. JSON has no word for NaN and infinity: they become null."""
+    typer.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def say(text: object) -> None:
