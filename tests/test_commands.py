@@ -318,7 +318,9 @@ def completions(words: str, shell: str = "bash") -> list[str]:
 
 
 def test_the_shell_completes_commands_options_and_names() -> None:
-    assert completions("surgery pa") == ["patch"]
+    assert completions("surgery patc") == ["patch", "patching"]
+    assert completions("surgery importance --method at") == ["atp", "atp*"]
+    assert completions("surgery patching --over layer,") == ["layer,head", "layer,position"]
     assert {"--spec", "--out", "--bake"} <= set(completions("surgery patch --"))
     assert completions("surgery demo --to re") == ["resample"]
     assert completions("surgery families gpt_n") == ["gpt_neo", "gpt_neox", "gpt_neox_japanese"]
@@ -333,16 +335,18 @@ def test_the_version_is_printed() -> None:
 
 
 def test_the_commands_of_the_readme_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.partition("## Command line")[2].partition("\n## ")[0]
+    section, findings = (README.partition(f"## {title}")[2].partition("\n## ")[0] for title in ("Command line", "Findings"))
     [spec] = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     assert len(yaml.safe_load(spec)["cuts"]) >= 3
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spec.yaml").write_text(spec, encoding="utf-8")
     (tmp_path / "means.safetensors").write_bytes((folder / "means.safetensors").read_bytes())
     (tmp_path / "my-model").symlink_to(folder / "model")
-    [block] = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
-    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert {words[1] for words in commands} >= {"inspect", "patch", "verify", "generate", "families", "schema"}
+    blocks = re.findall(r"```sh\n(.*?)```", section + findings, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    known = {"inspect", "patch", "verify", "generate", "families", "schema", "ablate", "importance", "patching"}
+    assert len(blocks) == 2 and {words[1] for words in commands} >= known
     for program, *words in commands:
         assert program == "surgery"
         good(*words)

@@ -17,6 +17,7 @@ from surgery.commands.shared import (
     Model,
     Trust,
     device_of,
+    listed,
     messages,
     read_inputs,
     say,
@@ -34,8 +35,16 @@ def ablate(
     length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence of the text.")] = 128,
     rows: Annotated[int, typer.Option(min=1, help="Sequences (of a text: at most).")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are read at a time.")] = 8,
-    metric: Annotated[str, typer.Option(help="loss, perplexity, accuracy or kl; several with commas.")] = "loss",
-    circuits: Annotated[str, typer.Option(help="qk, ov, both; several with commas.")] = "qk,ov,both",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="loss, perplexity, accuracy or kl; several with commas.",
+            autocompletion=listed("loss", "perplexity", "accuracy", "kl"),
+        ),
+    ] = "loss",
+    circuits: Annotated[
+        str, typer.Option(help="qk, ov, both; several with commas.", autocompletion=listed("qk", "ov", "both"))
+    ] = "qk,ov,both",
     layers: Layers = "all",
     to: Annotated[str, typer.Option(help="What frozen circuits become: zero, mean, noise, resample.")] = "zero",
     seed: Annotated[int, typer.Option(help="Of random tokens, of noise and of resampling.")] = 0,

@@ -24,7 +24,7 @@ from surgery.commands.pairs import (
     pair_of,
 )
 from surgery.commands.report import markdown_table, write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, messages, say, working, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, listed, messages, say, working, write_json
 
 
 class Method(StrEnum):
@@ -57,8 +57,12 @@ def importance(
     method: Annotated[
         Method, typer.Option(help="ablation does it; atp, atp* and ig estimate it, from few forwards and backwards.")
     ] = Method.atp_star,
-    to: Annotated[To, typer.Option(help="What takes the place of a circuit.")] = To.corrupted,
-    circuits: Annotated[str, typer.Option(help="qk, q, k, ov, v; several with commas.")] = "qk,ov",
+    to: Annotated[
+        To, typer.Option(help="What takes the place of a circuit; corrupted takes it from the other run.")
+    ] = To.corrupted,
+    circuits: Annotated[
+        str, typer.Option(help="qk, q, k, ov, v; several with commas.", autocompletion=listed("qk", "q", "k", "ov", "v"))
+    ] = "qk,ov",
     layers: Layers = "all",
     verify_top: Annotated[int, typer.Option(min=0, help="Largest estimates to confirm by doing it.")] = 10,
     sample: Annotated[int, typer.Option(min=0, help="Others to confirm, drawn at random, which bounds what was missed.")] = 10,
@@ -71,7 +75,7 @@ def importance(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score each head's QK and OV by what a metric loses when they come from other inputs.
+    """Score each head's QK and OV by how a metric changes when they are those of other inputs, without a sweep.
 
     Clean and corrupted inputs are two texts or two files; without any, random tokens that are said twice, in which case the
     corrupted ones say the first time backwards. Estimates are linear or nearly so, and can be far off where a norm or a softmax

@@ -24,7 +24,8 @@ from surgery.commands.pairs import (
     pair_of,
 )
 from surgery.commands.report import markdown_table, write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, messages, say, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, listed, messages, say, write_json
+from surgery.sites import SITES
 
 
 class To(StrEnum):
@@ -53,12 +54,18 @@ def patching(
     answer: Answer = None,
     wrong: Wrong = None,
     metric: MetricOption = None,
-    to: Annotated[To, typer.Option(help="What is put in.")] = To.corrupted,
+    to: Annotated[To, typer.Option(help="What is put in; corrupted takes it from the other run.")] = To.corrupted,
     sites: Annotated[
-        str | None, typer.Option(help="q, k, rot_q, rot_k, scores, pattern, v, z, result; with commas.", show_default="z")
+        str | None,
+        typer.Option(help=f"{', '.join(SITES)}; several with commas.", show_default="z", autocompletion=listed(*SITES)),
     ] = None,
     over: Annotated[
-        str | None, typer.Option(help="Axes with commas; what is left out is patched at once.", show_default="layer,head")
+        str | None,
+        typer.Option(
+            help="layer, head, position; several with commas. What is left out is patched at once.",
+            show_default="layer,head",
+            autocompletion=listed("layer", "head", "position"),
+        ),
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Addresses with commas, such as 3,4 or decoder.cross.*", show_default="all")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,16 @@ Inputs = Annotated[
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout, in place of the table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def listed(*words: str) -> Callable[[str], list[str]]:
+    """The shell's completion of a list with commas."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.startswith(last) and word not in before.split(",")]
+
+    return complete
 
 
 @contextmanager
