@@ -16,7 +16,7 @@ from transformers import BigBirdConfig, BigBirdModel
 from typer.testing import CliRunner
 
 import surgery
-import surgery.analysis.compatibility as file
+import surgery.analysis.compatible as file
 from surgery import (
     Edit,
     Freeze,
@@ -31,7 +31,7 @@ from surgery import (
     unpatch_model,
     weights,
 )
-from surgery.analysis.compatibility import Compatibility, compatibility
+from surgery.analysis.compatible import Compatibility, compatibility
 from surgery.analysis.foldable import CUTS
 from surgery.classes import SurgicalAttention
 from surgery.cli import app

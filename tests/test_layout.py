@@ -46,7 +46,7 @@ ORDER = [
     "surgery.analysis.narrow", "surgery.analysis.sweep", "surgery.analysis.ablation", "surgery.analysis.objective",
     "surgery.analysis.baselines", "surgery.analysis.attribution", "surgery.analysis.atpstar",
     "surgery.analysis.labelled", "surgery.analysis.charts", "surgery.analysis.foldable",
-    "surgery.analysis.compatibility", "surgery.analysis.looking", "surgery.analysis.repeats",
+    "surgery.analysis.compatible", "surgery.analysis.looking", "surgery.analysis.repeats",
     "surgery.analysis.detectors", "surgery.analysis.edges", "surgery.analysis.forwards",
     "surgery.analysis.effects", "surgery.analysis.ends", "surgery.analysis.exact", "surgery.analysis.frozen",
     "surgery.analysis.promises", "surgery.analysis.weight_gradients", "surgery.analysis.gradients",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 import surgery
+import surgery.analysis
+import surgery.analysis.public
 import surgery.public
 
 
@@ -19,9 +22,15 @@ def test_every_public_name_is_that_of_its_module() -> None:
         assert name in dir(surgery)
 
 
-def test_no_module_hides_a_public_name() -> None:
-    for name in surgery.__all__:
-        assert f"surgery.{name}" not in sys.modules, "a module of that name would take the name's place once it is imported"
+@pytest.mark.parametrize("package", [surgery, surgery.analysis])
+def test_no_module_hides_a_public_name(package: ModuleType) -> None:
+    names = package.__all__  # loads every module that they come from
+    assert len(names) > 10
+    for name in names:
+        module = sys.modules.get(f"{package.__name__}.{name}")
+        value = getattr(package, name)
+        assert value is getattr(package.public, name), "a module of that name takes the name's place once it is imported"
+        assert module is None or value is module, "likewise; unless the module is what the name stands for"
 
 
 def test_importing_the_package_does_not_import_torch() -> None:

@@ -4,7 +4,7 @@ import surgery.analysis.metrics as metrics  # noqa: F401 (a public name; `from s
 from surgery.analysis.ablation import Study as Study
 from surgery.analysis.ablation import ablation_study as ablation_study
 from surgery.analysis.ablation import cumulative_ablation as cumulative_ablation
-from surgery.analysis.compatibility import compatibility as compatibility
+from surgery.analysis.compatible import compatibility as compatibility
 from surgery.analysis.detectors import detect_heads as detect_heads
 from surgery.analysis.effects import verify_effect as verify_effect
 from surgery.analysis.gradients import check_gradients as check_gradients

@@ -23,7 +23,7 @@ def inspect(
     Its weights are not read. Of an exported folder also the cuts.
     """
     with messages(debug):
-        from surgery.analysis.compatibility import compatibility
+        from surgery.analysis.compatible import compatibility
         from surgery.inspection import inspect_model
         from surgery.pretrained import skeleton
 
