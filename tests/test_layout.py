@@ -45,7 +45,7 @@ ORDER = [
     "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.replay",
     "surgery.analysis.narrow", "surgery.analysis.sweep", "surgery.analysis.ablation", "surgery.analysis.objective",
     "surgery.analysis.baselines", "surgery.analysis.attribution", "surgery.analysis.atpstar",
-    "surgery.analysis.labelled", "surgery.analysis.charts", "surgery.analysis.foldable",
+    "surgery.analysis.labelled", "surgery.analysis.foldable",
     "surgery.analysis.compatible", "surgery.analysis.looking", "surgery.analysis.repeats",
     "surgery.analysis.detectors", "surgery.analysis.edges", "surgery.analysis.forwards",
     "surgery.analysis.effects", "surgery.analysis.ends", "surgery.analysis.exact", "surgery.analysis.frozen",

@@ -279,11 +279,14 @@ def test_frames_pictures_and_text(tmp_path: Any) -> None:
 def test_positions_bear_their_tokens() -> None:
     model, clean, corrupted = FAMILIES["gpt2"].build(), inputs_of("gpt2", 0), inputs_of("gpt2", 1)
     found = activation_patching(model, clean, corrupted, last_logit, positions=[0, 2, -1], **QUIET)
-    for tokens, rotation in ((["a", "b", "$c$"], 0), (["a", "b", "a long word of many"], 90)):
+    for word, rotation in (("$c$", 0.0), ("a long word of many", 90.0)):
+        tokens = ["a", "b", word, *[""] * (LENGTH - 3)]
         axes = found.picture(tokens=tokens).axes[0]
         labels = axes.get_xticklabels()
-        assert [label.get_text() for label in labels] == ["0 a", f"2 {tokens[2]}", str(LENGTH - 1)]
+        assert [label.get_text() for label in labels] == ["0 a", f"2 {word}", str(LENGTH - 1)]
         assert {label.get_rotation() for label in labels} == {rotation} and not labels[1].get_parse_math()
+    with pytest.raises(SpecError, match=f"found 3 texts of tokens; expected at least {LENGTH}"):
+        found.picture(tokens=["a", "b", "c"])
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,8 +24,11 @@ from surgery.cuts import CIRCUITS
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of
-from surgery.plots import effect_bars, head_maps
+from surgery.plots import effect_bars, head_maps, lines
+from surgery.plots.style import short, with_unit
 from surgery.spec import Freeze, Spec
+
+FROZEN = {"qk": "QK frozen", "ov": "OV frozen", "both": "both frozen"}
 
 Head = tuple[str, int]
 """An address and a head's number."""
@@ -101,29 +105,52 @@ class Study:
         index = ["address", "head"] if rows["head"].notna().all() else ["address"]
         return rows.pivot_table(index=index, columns="circuit", values=column, aggfunc="mean", sort=False)
 
-    def picture(self, metric: str | None = None) -> Any:
-        """Heat maps of the effects over layer × head, the circuits side by side; of studies of single heads.
+    def picture(self, metric: str | None = None) -> Figure:
+        """Heat maps of the effects over layer × head, the circuits side by side; of groups that grow, lines.
 
-        A matplotlib Figure; `surgery.plots.save` writes it. Raises SpecError for a study of groups.
+        `surgery.plots.save` writes it. Raises SpecError for a study of other groups: see `bars`.
         """
         name = metric or self.frame.metric.iloc[0]
-        tables = {circuit: self.matrix(circuit, name) for circuit in self.frame.circuit.unique()}
-        first = next(iter(tables.values()))
-        unit = self.frame[self.frame.metric == name].unit.iloc[0]
-        title = f"{self.examples.shape[-1]} examples; {name} without cuts {self.baseline_of(name):.3g}"
-        names = {"qk": "QK frozen", "ov": "OV frozen", "both": "both frozen"}
+        circuits = list(self.frame.circuit.unique())
+        label = with_unit(f"change of {name}", self.frame[self.frame.metric == name].unit.iloc[0])
+        subtitle = f"{self.examples.shape[-1]} examples; {name} without cuts {self.baseline_of(name):.3g}"
+        if (order := self._growing()) is not None:
+            return self._curve(name, order, label, subtitle)
+        tables = {circuit: self.matrix(circuit, name) for circuit in circuits}
         return head_maps(
-            {names[circuit]: table.to_numpy() for circuit, table in tables.items()},
-            layers=list(first.index),
-            title="What freezing each head changes",
-            subtitle=title,
-            unit=f"change of {name}" + (f" ({unit})" if unit else ""),
+            {FROZEN[circuit]: table.to_numpy() for circuit, table in tables.items()},
+            layers=list(map(short, tables[circuits[0]].index)),
+            title=f"What freezing each head {self._to} changes",
+            subtitle=subtitle,
+            unit=label,
         )
 
-    def bars(self, count: int = 12, metric: str | None = None) -> Any:
-        """The largest effects as bars with their confidence intervals, circuits side by side: a matplotlib Figure."""
-        title = "The largest effects, with 95 % intervals over examples"
+    def bars(self, count: int = 12, metric: str | None = None) -> Figure:
+        """The largest effects as bars with their confidence intervals, circuits side by side."""
+        title = f"The largest effects of freezing heads {self._to}"
         return effect_bars(self.frame, count=count, metric=metric, title=title)
+
+    def _curve(self, metric: str, order: Sequence[Head], label: str, subtitle: str) -> Figure:
+        """The effect of more and more heads with its confidence interval, a line for each circuit; means over seeds."""
+        rows = self.frame[self.frame.metric == metric]
+        found = {c: rows[rows.circuit == c].groupby("heads")[["effect", "low", "high"]].mean() for c in rows.circuit.unique()}
+        series = {FROZEN[circuit]: table.effect.to_numpy() for circuit, table in found.items()}
+        bands = {FROZEN[circuit]: (table.low.to_numpy(), table.high.to_numpy()) for circuit, table in found.items()}
+        names = [("" if n == 0 else "+ ") + f"{short(address)}.{head}" for n, (address, head) in enumerate(order)]
+        title = f"What freezing one more head {self._to} changes"
+        axis = "head (layer.head), with all before it"
+        return lines(series, names, axis=axis, unit=label, bands=bands, title=title, subtitle=f"{subtitle}; with intervals")
+
+    def _growing(self) -> list[Head] | None:
+        """The heads in the order in which they join, if each group is the one before and one more; else None."""
+        groups = list(dict.fromkeys(cut.heads for cut in self.cuts))
+        is_growing = len(groups) > 1 and all(group == groups[-1][: n + 1] for n, group in enumerate(groups))
+        return list(groups[-1]) if is_growing else None
+
+    @property
+    def _to(self) -> str:
+        """What heads are frozen to, in words."""
+        return " or ".join(dict.fromkeys(f"to {f.to}" for cut in self.cuts for f in cut.spec if isinstance(f, Freeze)))
 
     def baseline_of(self, metric: str) -> float:
         """The mean of a metric without cuts."""

@@ -18,6 +18,7 @@ from surgery.anatomy import Attention, grouped
 from surgery.errors import SpecError, closest, describe, listing
 from surgery.patch import anatomy_of
 from surgery.plots import head_maps
+from surgery.plots.style import short
 from surgery.spec import Freeze
 
 SEQUENCES = 8
@@ -61,8 +62,9 @@ class Detected:
         maps = {job.capitalize(): self.matrix(job) for job in chosen}
         return head_maps(
             {name: table.to_numpy() for name, table in maps.items()},
-            layers=[_layer(address) for address in next(iter(maps.values())).index],
+            layers=[short(address) for address in next(iter(maps.values())).index],
             title="Where heads look",
+            subtitle=f"{self.examples} sequences",
             unit="mean attention",
             limits=(0.0, 1.0),
         )
@@ -177,8 +179,3 @@ def _frame(totals: Mapping[str, Any], jobs: Sequence[str], numbers: Sequence[int
                 share = (score - least) / (1 - least) if least < 1 else np.nan
                 rows.append({"address": address, "head": head, "job": job, "score": score, "chance": least, "share": share})
     return pd.DataFrame(rows)
-
-
-def _layer(address: str) -> str:
-    """An address as the name of a row: a layer's number where the rest says nothing."""
-    return address.removeprefix("self.")

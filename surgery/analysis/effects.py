@@ -21,6 +21,8 @@ from surgery.analysis.metrics import Measured, losses_of, predicts_the_next, pre
 from surgery.errors import SpecError, closest, describe
 from surgery.evaluation import evaluating
 from surgery.patch import as_spec, cuts_of, patched
+from surgery.plots import measures_by_position
+from surgery.plots.style import in_words
 from surgery.spec import Spec
 
 MEASURES = {
@@ -107,34 +109,19 @@ class Effect:
             table.add_row(MEASURES[name], f"{value:.4g}", f"{worst:.4g}", self._unit(name))
         return table
 
-    def figure(self) -> Figure:
+    def picture(self) -> Figure:
         """Each measure by position: the mean over examples, and the range that they lie in.
 
         Raises SpecError for an output without positions.
         """
         if not self.positions:
             do = "Print the effect, or look at by_example()."
-            raise SpecError(describe("figure", f"an output ({self.output}) without positions", "one that has them", do))
-        names = [name for name in MEASURES if name in self.arrays and not np.isnan(self.arrays[name]).all()]
-        figure = Figure(figsize=(8.0, 0.6 + 1.5 * len(names)), layout="constrained", facecolor="white")
-        panels: Any = figure.subplots(len(names), 1, sharex=True, squeeze=False)
-        for axes, name in zip(panels[:, 0], names, strict=True):
-            values = self.arrays[name]
-            kept = np.flatnonzero(~np.isnan(values).all(0))
-            low, middle, high = (f(values[:, kept], axis=0) for f in (np.nanmin, np.nanmean, np.nanmax))
-            if len(values) > 1 and name != "agreement":  # an example agrees or not
-                axes.fill_between(kept, low, high, color="#b9dcee", linewidth=0, label="range of examples")
-            axes.plot(kept, middle, color="#0b3c5d", linewidth=1.4, marker="o", markersize=3, label="mean of examples")
-            axes.axhline(1.0 if name == "agreement" else 0.0, color="#999999", linewidth=0.8)
-            axes.set_title(MEASURES[name], fontsize=10, loc="left")
-            axes.set_ylabel(self._unit(name).replace(" of positions", "").replace(" per token", ""))
-            axes.yaxis.set_label_coords(-0.065, 0.5)  # below each other
-            axes.margins(x=0.01)
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[-1, 0].set_xlabel("position (tokens, from 0)")
-        if len(self.arrays["largest"]) > 1:
-            panels[0, 0].legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.3), ncols=2)
-        return figure
+            raise SpecError(describe("picture", f"an output ({self.output}) without positions", "one that has them", do))
+        known = {MEASURES[n]: self.arrays[n] for n in MEASURES if n in self.arrays and not np.isnan(self.arrays[n]).all()}
+        units = {MEASURES[n]: self._unit(n).replace(" of positions", "").replace(" per token", "") for n in MEASURES}
+        return measures_by_position(known, units, {MEASURES["agreement"]: 1.0}, in_words(self.spec) or "no cuts")
+
+    figure = picture
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110, color_system=None)

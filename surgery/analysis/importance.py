@@ -17,17 +17,16 @@ from surgery.analysis.atpstar import attribution_star
 from surgery.analysis.attribution import Scores, attribution
 from surgery.analysis.baselines import CIRCUIT_SITES, Baseline, Selection, baseline_of
 from surgery.analysis.batches import Batch, batches
-from surgery.analysis.charts import heat_maps
 from surgery.analysis.edges import edge_scores
 from surgery.analysis.exact import Node, exact_changes
 from surgery.analysis.integrated import integrated
-from surgery.analysis.labelled import Labelled
 from surgery.analysis.metrics import Metric
 from surgery.analysis.objective import Objective
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of, as_spec, cuts_of, patched
-from surgery.plots import head_maps, importance_against_exact
+from surgery.plots import head_maps, heat_maps, importance_against_exact
+from surgery.plots.style import short, with_unit
 from surgery.spec import Freeze, Spec
 
 METHODS = ("ablation", "atp", "atp*", "ig")
@@ -42,9 +41,9 @@ class Importance:
     frame: a row for each head and circuit: address, head, circuit, score (estimated change of the metric's mean), dropped (of
       GradDrop; NaN without), magnitude (by which heads are ranked: the larger of dropped and the score's size), exact (the
       change when it is done; NaN where it was not).
-    metric, unit, baseline: the metric's name, its unit, and what it is without changes.
-    positions: by (address, circuit), estimates (head, position) of each position's share, heads in the order of the frame; of
-      circuits of one site, by gradients. edges: see `surgery.analysis.edges`.
+    baseline: the metric without changes, in `unit`; to: what circuits are replaced by, in words. positions: by (address,
+      circuit), estimates (head, position) of each position's share, heads in the order of the frame; of circuits of one site,
+      by gradients. edges: see `surgery.analysis.edges`.
     forwards, backwards: passes that it took, in whole forwards' worth. sampled: rows that were verified by chance.
     """
 
@@ -57,7 +56,7 @@ class Importance:
         positions: Mapping[tuple[str, str], np.ndarray],
     ) -> None:
         self.frame, self.method, self.baseline, self.positions = frame, method, baseline, positions
-        self.metric, self.unit = metric.name, metric.unit
+        self.metric, self.unit, self.to = metric.name, metric.unit, ""
         self.forwards, self.backwards = 0.0, 0.0
         self.sampled: list[int] = []
         self.edges: pd.DataFrame | None = None
@@ -86,52 +85,57 @@ class Importance:
         table = rows.pivot(index=["address", "head"], columns=["to_address", "to_head"], values="score")
         return table.reindex(index=order)
 
-    def picture(self) -> Figure:
-        """Heat maps of the scores over layer × head, the circuits side by side; `surgery.plots.save` writes it."""
-        tables = {circuit: self.matrix(circuit) for circuit in self.frame.circuit.unique()}
+    def picture(self, column: str = "score") -> Figure:
+        """Heat maps of the scores over layer × head, the circuits side by side. column: of the frame."""
+        tables = {circuit: self.matrix(circuit, column) for circuit in self.frame.circuit.unique()}
+        what = "change" if column == "exact" or self.method == "ablation" else f"{self._method} estimate of the change"
         return head_maps(
             {TITLES[circuit]: table.to_numpy() for circuit, table in tables.items()},
-            layers=list(next(iter(tables.values())).index),
-            title="What replacing each head's circuits changes",
-            subtitle=f"{self._how}; {self.metric} as it is {self.baseline:.3g}",
-            unit=f"change of {self.metric}{self._unit}",
+            layers=list(map(short, next(iter(tables.values())).index)),
+            title=f"What replacing a head's circuit would change ({self._method})",
+            subtitle=f"{self.metric} as it is {self.baseline:.3g}; replaced {self.to}",
+            unit=with_unit(f"{what} of {self.metric}", self.unit),
         )
 
     def against_exact(self) -> Figure:
-        """Scores over the exact changes, a panel for each circuit, of what was verified. Raises SpecError if nothing was."""
+        """The estimates against the exact changes of what was verified, a panel for each circuit.
+
+        Raises SpecError where nothing was.
+        """
         rows = self.frame.dropna(subset=["exact"])
         if self.method == "ablation" or rows.empty:
             found = "scores that are exact themselves" if self.method == "ablation" else "no exact changes"
             raise SpecError(describe("against_exact", found, "estimates that were verified", "Pass verify_top with a method."))
-        names = [f"{_short(address)}.{head}" for address, head in zip(rows["address"], rows["head"], strict=True)]
-        panels = {TITLES[c].partition(":")[0]: rows.score.where(rows.circuit == c).to_numpy() for c in rows.circuit.unique()}
         return importance_against_exact(
-            panels,
+            {c.upper(): rows.score.where(rows.circuit == c).to_numpy() for c in rows.circuit.unique()},
             rows.exact.to_numpy(),
-            names=names,
-            unit=f"change of {self.metric}{self._unit}",
-            title=f"{self.method} against doing it",
+            names=[f"{short(address)}.{head}" for address, head in zip(rows["address"], rows["head"], strict=True)],
+            unit=with_unit(f"change of {self.metric}", self.unit),
+            title=f"{self._method} estimates against exact changes",
         )
 
     def edge_picture(self) -> Figure:
-        """Heat maps of edges, senders × receivers, a panel for each of q, k and v. Raises SpecError if there are none."""
-        maps = {}
-        for name in ("q", "k", "v") if self.edges is None else self.edges.input.unique():
-            table = self.edge_matrix(name)
-            axes = {
-                what: [f"{_short(a)}.{h}" for a, h in index]
-                for what, index in zip(ENDS, (table.index, table.columns), strict=True)
-            }
-            maps[f"into {name}"] = Labelled(table.to_numpy(), axes, f"change of {self.metric}", self.unit)
-        return heat_maps(maps, "What passes from head to head, to first order")
+        """Heat maps of edges, senders × receivers, a panel for each of q, k and v; grey where there is no way.
+
+        Raises SpecError if there are no edges.
+        """
+        tables = {n: self.edge_matrix(n) for n in (("q", "k", "v") if self.edges is None else self.edges.input.unique())}
+        senders = list(next(iter(tables.values())).index)
+        receivers = list(dict.fromkeys(head for table in tables.values() for head in table.columns))
+        return heat_maps(
+            {f"into {n}": table.reindex(columns=receivers).to_numpy() for n, table in tables.items()},
+            [f"{short(address)}.{head}" for address, head in senders],
+            [f"{short(address)}.{head}" for address, head in receivers],
+            axes=ENDS,
+            unit=with_unit(f"estimated change of {self.metric}", self.unit),
+            edges=[i for i in range(1, len(senders)) if senders[i][0] != senders[i - 1][0]],
+            title="What passes from head to head, to first order",
+            subtitle="grey: no way between the two",
+        )
 
     @property
-    def _how(self) -> str:
-        return "exact" if self.method == "ablation" else f"estimated by {self.method}"
-
-    @property
-    def _unit(self) -> str:
-        return f" ({self.unit})" if self.unit else ""
+    def _method(self) -> str:
+        return {"atp": "AtP", "atp*": "AtP*", "ig": "integrated gradients", "ablation": "exact"}[self.method]
 
     @property
     def correlation(self) -> float:
@@ -238,6 +242,7 @@ def head_importance(
             _verify(found, objective, baseline, verify_top, sample, seed, tokens)
         if edges:
             found.edges = edge_scores(objective, chosen, receivers, baseline)
+        found.to = f"by {to}" if isinstance(to, str) else "by a reference"
         found.forwards += objective.forwards
         found.backwards = objective.backwards
     return found
@@ -308,10 +313,6 @@ def _selection(model: Any, layers: Any, heads: Any) -> Selection:
         (a.address, tuple(range(a.heads)) if checked.heads == "all" else tuple(sorted(checked.heads)))
         for a in anatomy.select(checked.layers, "head_importance")
     ]
-
-
-def _short(address: str) -> str:
-    return address.removeprefix("self.")
 
 
 def _receivers(model: Any, heads: Sequence[tuple[str | int, int]]) -> Selection:

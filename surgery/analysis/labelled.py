@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from surgery.errors import NoMatchError, closest, describe
+from surgery.errors import NoMatchError, SpecError, closest, describe
+from surgery.plots import heat_maps, lines
+from surgery.plots.style import short, with_unit
 
 LONGEST = 12
 """Rows of a summary when it is printed."""
+IN_WORDS = {"position": "position (token)"}
+"""Axes of pictures, where the name alone does not say what is counted."""
 
 
 class Labelled:
@@ -89,6 +95,10 @@ class Labelled:
         frame = self.to_frame()
         return frame.loc[frame[self.name].abs().sort_values(ascending=False, kind="stable").index].head(count)
 
+    def picture(self, title: str = "", middle: float = 0.0) -> Figure:
+        """The array as heat maps or as a line, see `pictured`."""
+        return pictured({"": self}, title, middle=middle)
+
     def __str__(self) -> str:
         unit = f" ({self.unit})" if self.unit else ""
         size = " × ".join(f"{len(labels)} {axis}s" for axis, labels in self.axes.items()) or "one number"
@@ -106,6 +116,31 @@ class Labelled:
 
     def _repr_html_(self) -> str:
         return self.top().to_html(index=False)
+
+
+def pictured(
+    arrays: Mapping[str, Labelled], title: str = "", subtitle: str = "", middle: float = 0.0, note: str = "", **options: Any
+) -> Figure:
+    """A heat map for each array of the same axes, by its title, on one scale that is white at `middle`; of one axis, a line.
+
+    Of two axes the first goes down; of three the first two do, together. note: what is at `middle`, of lines. Entries that do
+    not exist are grey. options: of `surgery.plots.lines`. Raises SpecError for arrays of another number of axes.
+    """
+    first = next(iter(arrays.values()))
+    if not 1 <= len(first.axes) <= 3:
+        do = "Choose a part by `at`, or take a `mean`."
+        raise SpecError(describe("picture", f"an array of {len(first.axes)} axes", "1, 2 or 3", do))
+    *down, across = first.axes
+    columns = [short(label) if isinstance(label, str) else label for label in first.axes[across]]
+    words: dict[str, Any] = {"unit": with_unit(first.name, first.unit), "middle": middle, "title": title, "subtitle": subtitle}
+    if not down:
+        values = {name: array.values for name, array in arrays.items()}
+        return lines(values, columns, axis=IN_WORDS.get(across, across), note=note, **words, **options)
+    rows = [".".join(map(short, labels)) for labels in itertools.product(*(first.axes[axis] for axis in down))]
+    edges = range(first.shape[1], len(rows), first.shape[1]) if len(down) > 1 else ()
+    maps = {name: array.values.reshape(len(rows), -1) for name, array in arrays.items()}
+    axes = (".".join(IN_WORDS.get(axis, axis) for axis in down), IN_WORDS.get(across, across))
+    return heat_maps(maps, rows, columns, axes=axes, edges=edges, **words)
 
 
 def _short(value: float) -> str:

@@ -27,6 +27,7 @@ from surgery.heads import heads_at
 from surgery.patch import anatomy_of, cuts_of, patched, probed
 from surgery.plan import Probe
 from surgery.plots import head_maps
+from surgery.plots.style import short
 from surgery.where import Where
 
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -95,7 +96,7 @@ class LogitAttribution:
         """A heat map of the heads' contributions."""
         return head_maps(
             {"direct effect of each head": self.matrix().to_numpy()},
-            layers=[address.removeprefix("self.") for address in self.addresses],
+            layers=list(map(short, self.addresses)),
             title="Direct logit attribution",
             subtitle=f"{self.metric.name}: {self.value.mean():.3g}, mean of {len(self.value)} examples",
             unit=f"contribution ({self.metric.unit or self.metric.name})",

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from surgery.analysis.charts import heat_maps
-from surgery.analysis.labelled import Labelled
+from surgery.analysis.labelled import Labelled, pictured
 from surgery.analysis.metrics import Metric
 from surgery.errors import NoMatchError, SpecError, closest, describe
 
@@ -95,19 +94,20 @@ class Patching:
         return frame.loc[frame.effect.abs().sort_values(ascending=False, kind="stable").index].head(count)
 
     def picture(self, view: str = "effect", keys: Sequence[str] | None = None, tokens: Sequence[str] = ()) -> Figure:
-        """A heat map for each key, on one scale; white is a patch that changes nothing.
+        """A heat map for each key, on one scale; white is a patch that changes nothing. Over one axis alone, lines.
 
-        view: of VIEWS. tokens: texts of the positions, from the first; where one is empty the number stands alone.
+        view: of VIEWS. tokens: texts of all positions; where one is empty the number stands alone.
         """
         if view not in VIEWS:
             do = closest(view, VIEWS) or "Choose one of these."
             raise SpecError(describe("picture", f"view={view!r}", ", ".join(map(repr, VIEWS)), do))
-        maps = {self._title(key): _worded(getattr(self, view)(key), tokens) for key in keys or self.keys}
+        maps = {self._title(key): _with_tokens(getattr(self, view)(key), tokens) for key in keys or self.keys}
         before = self.clean if self.base == "clean" else self.corrupted
         assert before is not None
         unchanged = {"value": float(before.mean()), "effect": 0.0, "recovery": 1.0 if self.base == "clean" else 0.0}
-        title = f"{self._heading()}\npatched into the {self.base} run"
-        return heat_maps(maps, title, unchanged[view])
+        what = "Paths" if self.kind == "receiver" else "Activations"
+        title = f"{what} patched into the {self.base} run"
+        return pictured(maps, title, f"{self._heading()}; {self._count()}", unchanged[view], "no change")
 
     def _title(self, key: str) -> str:
         return f"into {key}" if self.kind == "receiver" else f"at {key}"
@@ -115,6 +115,9 @@ class Patching:
     def _heading(self) -> str:
         of = f"{self.metric.name}: clean {self.clean.mean():.3g}"
         return f"{of}, corrupted {self.corrupted.mean():.3g}" if self.corrupted is not None else of
+
+    def _count(self) -> str:
+        return f"{len(self.clean)} example{'s' * (len(self.clean) != 1)}"
 
     def _key(self, key: str | None) -> str:
         if key is None:
@@ -125,8 +128,7 @@ class Patching:
         return key
 
     def __str__(self) -> str:
-        count = f"{len(self.clean)} example{'s' * (len(self.clean) != 1)}"
-        head = f"{self._heading()} ({self.metric.unit or 'no unit'}; {count}), patched into the {self.base} run"
+        head = f"{self._heading()} ({self.metric.unit or 'no unit'}; {self._count()}), patched into the {self.base} run"
         return f"{head}; largest effects:\n{self.top().to_string(index=False, float_format=lambda x: f'{x:.4g}')}"
 
     def __repr__(self) -> str:
@@ -136,9 +138,13 @@ class Patching:
         return self.top().to_html(index=False)
 
 
-def _worded(array: Labelled, tokens: Sequence[str]) -> Labelled:
+def _with_tokens(array: Labelled, tokens: Sequence[str]) -> Labelled:
     """The same with the tokens' texts beside positions."""
-    if not tokens or "position" not in array.axes:
+    places = [int(place) for place in array.axes.get("position", ())]
+    if not tokens or not places:
         return array
-    places = [f"{p} {tokens[p]}".strip() if p < len(tokens) else str(p) for p in array.axes["position"]]
-    return Labelled(array.values, {**array.axes, "position": places}, array.name, array.unit, array.present)
+    if len(tokens) <= max(places):
+        found, expected = f"{len(tokens)} texts of tokens", f"at least {max(places) + 1}, one for each position"
+        raise SpecError(describe("picture", found, expected, "Pass the texts of the whole sequence."))
+    axes = {**array.axes, "position": [f"{place} {tokens[place]}".strip() for place in places]}
+    return Labelled(array.values, axes, array.name, array.unit, array.present)

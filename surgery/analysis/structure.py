@@ -28,6 +28,7 @@ from surgery.heads import HeadWeights, heads_at
 from surgery.linear import linear_of
 from surgery.patch import anatomy_of
 from surgery.plots import head_maps, pair_map
+from surgery.plots.style import short
 from surgery.taps import runs_on
 from surgery.weights import Composition, composed, latents, sends_to
 
@@ -92,10 +93,18 @@ class Compositions:
 
     def picture(self) -> Figure:
         """A heat map, senders down and receivers across, of scores above the baseline; lines part the layers."""
-        names = [f"{address.removeprefix('self.')}.{head}" for address, head in self.heads]
+        names = [f"{short(address)}.{head}" for address, head in self.heads]
         edges = [i for i in range(1, len(self.heads)) if self.heads[i][0] != self.heads[i - 1][0]]
-        label = f"{self.kind}-composition above random matrices"
-        return pair_map(self.excess, names, edges, rows="sender (layer.head)", columns="receiver (layer.head)", unit=label)
+        return pair_map(
+            self.excess,
+            names,
+            edges,
+            rows="sender (layer.head)",
+            columns="receiver (layer.head)",
+            unit=f"{self.kind}-composition score above that of random matrices",
+            title=f"{self.kind.upper()}-composition",
+            subtitle="grey: the receiver does not read the sender",
+        )
 
 
 @torch.no_grad()
@@ -193,9 +202,9 @@ class Copying:
     def picture(self) -> Figure:
         """A heat map over layer × head, from -1 to 1."""
         table = self.matrix()
-        names = [address.removeprefix("self.") for address in table.index]
+        names = list(map(short, table.index))
         maps = {"copying (1) or its opposite (−1)": table.to_numpy()}
-        return head_maps(maps, layers=names, title="OV circuits: eigenvalues", unit="copying score", limits=(-1.0, 1.0))
+        return head_maps(maps, layers=names, title="Which heads copy", unit="Σλ / Σ|λ| of the OV circuit", limits=(-1.0, 1.0))
 
 
 @torch.no_grad()

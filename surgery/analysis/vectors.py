@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from surgery.analysis.batches import Batch, batches, rows_of
-from surgery.analysis.charts import heat_maps, lines
-from surgery.analysis.labelled import Labelled
+from surgery.analysis.labelled import Labelled, pictured
 from surgery.analysis.reading import Reading
 from surgery.analysis.sweep import Sweep
 from surgery.errors import NoMatchError, describe
 from surgery.patch import anatomy_of
+from surgery.plots.patterns import head_name
 from surgery.spec import Edit, Spec
 
 STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
@@ -138,7 +138,7 @@ class SteeringVectors:
 
     def picture(self) -> Figure:
         """The vectors' norms, layer × head."""
-        return heat_maps({self.method.replace("_", " "): self.norms()}, f"steering vectors at {self.site}")
+        return pictured({"": self.norms()}, f"Steering vectors at {self.site}", f"method: {self.method.replace('_', ' ')}")
 
 
 class Steered:
@@ -166,12 +166,21 @@ class Steered:
         return frame
 
     def picture(self, most: int = MOST_LINES) -> Figure:
-        """The metric against strength; of several heads those whose vectors do most."""
+        """The metric against strength, with the standard error of its change; of several heads those whose vectors do most."""
         found, before = self.value(), float(self.unsteered.mean())
         reach = np.abs(found.values - before).max(axis=1)
-        names = [found.axes["head"][n] for n in np.argsort(-reach, kind="stable")[:most]]
-        shown = {name if name != "all" else "steered": found.at(head=name) for name in names}
-        return lines(shown, f"adding strength × vector at {self.site}", before, "unsteered")
+        chosen = {str(found.axes["head"][n]): n for n in np.argsort(-reach, kind="stable")[:most]}
+        shown = {"steered" if name == "all" else _legend(name): found.at(head=name) for name in chosen}
+        count = len(self.unsteered)
+        change = self.examples.values - self.unsteered
+        errors = change.std(-1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(found.shape)
+        bands = {
+            name: (array.values - errors[n], array.values + errors[n])
+            for (name, array), n in zip(shown.items(), chosen.values(), strict=True)
+        }
+        title = f"Steering: strength × vector added at {self.site}"
+        subtitle = f"{count} example{'s' * (count != 1)}" + (", with the standard error of the change" if count > 1 else "")
+        return pictured(shown, title, subtitle, before, "unsteered", bands=bands if count > 1 else None)
 
     def __str__(self) -> str:
         unit = f" ({self.examples.unit})" if self.examples.unit else ""
@@ -183,6 +192,12 @@ class Steered:
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(index=False)
+
+
+def _legend(head: str) -> str:
+    """ "self.3 head 1" as other pictures name it."""
+    address, _, number = head.rpartition(" head ")
+    return head_name((address, int(number)))
 
 
 def marks(batch: Batch) -> list[str]:

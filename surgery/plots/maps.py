@@ -1,9 +1,9 @@
-"""Heat maps over layer × head: any number of circuits side by side with one scale, and where some of the heads look."""
+"""Heat maps: any number side by side with one scale, over layer × head or other axes, and where some of the heads look."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,28 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from surgery.plots.style import COST, GAIN_AND_COST, OUTLINES, is_dark, new_figure, number, plain, scale, ticks
+from surgery.plots.style import (
+    COST,
+    GAIN_AND_COST,
+    OUTLINES,
+    color_bar,
+    extent,
+    is_dark,
+    name_ticks,
+    new_figure,
+    new_part,
+    number,
+    plain,
+    scale,
+)
 from surgery.plots.tokens import draw_pattern
 
-NUMBERED_HEADS = 12
-"""Cells hold their numbers up to this many heads per layer and layers, if there is room for them."""
+NUMBERED = 12
+"""Cells hold their numbers up to this many rows and columns, if there is room for them."""
 LEAST_FONT = 5.0
 """Points: smaller numbers are left out."""
+ACROSS = 3
+"""Most maps in one row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +45,99 @@ class Named:
     row: int
     head: int
     pattern: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Maps:
+    """Heat maps of one shape. rows, columns: names; axes: what these are; edges: lines before these rows, and columns."""
+
+    maps: Mapping[str, np.ndarray]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    axes: tuple[str, str]
+    unit: str
+    limits: tuple[float, float] | None = None
+    middle: float = 0.0
+    edges: tuple[Sequence[int], Sequence[int]] = ((), ())
+
+    @property
+    def across(self) -> int:
+        return 2 if len(self.maps) == 4 else min(len(self.maps), ACROSS)
+
+    @property
+    def down(self) -> int:
+        return math.ceil(len(self.maps) / self.across)
+
+    @property
+    def panel(self) -> tuple[float, float]:
+        """Inches of one map."""
+        width = min(max(0.5 * len(self.columns), 2.8), 9.0 if self.across == 1 else 5.5)
+        return width, min(max(0.38 * len(self.rows), 1.7), 9.0 if self.down == 1 else 6.0)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Inches of all with their labels."""
+        names, below = (0.08 * max(map(len, labels), default=1) for labels in (self.rows, self.columns))
+        return self.across * (self.panel[0] + 0.15) + names + 1.8, self.down * (self.panel[1] + 0.65 + below)
+
+    def draw(self, part: Any, panel: tuple[float, float] | None = None) -> list[Axes]:
+        """The maps on a figure or part of it, with a bar for all. panel: inches of one."""
+        width, height = panel or self.panel
+        everything = np.stack([np.asarray(values, dtype=float) for values in self.maps.values()])
+        norm, colormap = scale(everything, self.middle)
+        if self.limits is not None:
+            norm, colormap = Normalize(*self.limits), COST if self.limits[0] >= 0 else GAIN_AND_COST
+        low, high = extent(everything, self.middle)
+        grid: Any = part.subplots(self.down, self.across, sharey=True, squeeze=False)
+        for axes in grid.flat[len(self.maps) :]:
+            axes.set_visible(False)
+        used = list(grid.flat[: len(self.maps)])
+        signs = "" if not self.middle and colormap is GAIN_AND_COST else "+"
+        reach = max(high - self.middle, self.middle - low)
+        for axes, (title, values) in zip(used, zip(self.maps, everything, strict=True), strict=True):
+            axes.set_facecolor("#e4e4e4")
+            image = axes.imshow(values, norm=norm, cmap=colormap, aspect="auto", interpolation="nearest")
+            axes.set_title(title, fontsize=11, parse_math=False)
+            axes.set_xlabel(self.axes[1])
+            name_ticks(axes.xaxis, self.columns, width)
+            plain(axes)
+            for edge in self.edges[0]:
+                axes.axhline(edge - 0.5, color="#b0b0b0", linewidth=0.6 if len(self.rows) <= 200 else 0.2)
+            for edge in self.edges[1]:
+                axes.axvline(edge - 0.5, color="#b0b0b0", linewidth=0.6 if len(self.columns) <= 200 else 0.2)
+            if max(values.shape) <= NUMBERED:
+                texts = {at: number(v, reach).removeprefix(signs) for at, v in np.ndenumerate(values) if np.isfinite(v)}
+                _write(axes, values, texts, norm, colormap, width)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(self.axes[0])
+            name_ticks(axes.yaxis, self.rows, height)
+        color_bar(part, image, used, self.unit, height * self.down, None if self.limits else (low, high))
+        return used
+
+
+def heat_maps(
+    maps: Mapping[str, np.ndarray],
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    *,
+    axes: tuple[str, str] = ("layer", "head"),
+    unit: str = "",
+    middle: float = 0.0,
+    limits: tuple[float, float] | None = None,
+    edges: Sequence[int] = (),
+    title: str = "",
+    subtitle: str = "",
+) -> Figure:
+    """Heat maps of any axes with one scale. maps: title to (row, column), all of one shape; NaN is left grey.
+
+    rows, columns: labels; axes: what they are. unit: of the values. middle: the value that is white. limits: of the scale, by
+    default the values'. edges: draw lines before these rows.
+    """
+    found = _of(maps, rows, columns, axes=axes, unit=unit, limits=limits, middle=middle, edges=(edges, ()))
+    width, height = found.size
+    figure = new_figure(width, height + 0.35 * (bool(title) + bool(subtitle)), title)
+    found.draw(new_part(figure, subtitle))
+    return figure
 
 
 def heatmaps(qk: np.ndarray, ov: np.ndarray, **options: Any) -> Figure:
@@ -55,113 +163,74 @@ def head_maps(
     positions. divider: draw a line before this position. unit: of the values. limits: of the scale, by default the values'.
     Colours are white at 0, and run both ways if anything is clearly below it. From 2 × 4 to 48 × 64 heads and beyond.
     """
-    shapes = {np.shape(values) for values in maps.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-        raise ValueError(
-            f"head_maps: found maps of shapes {sorted(shapes)}; expected (layer, head), all the same. Fill with NaN."
-        )
-    ((rows, _),) = shapes
-    names = list(layers) if layers is not None else [str(row) for row in range(rows)]
+    found = _of(maps, layers, None, axes=("layer", "head"), unit=unit, limits=limits)
     shown = [n for n in named if n.pattern is not None]
-    lines = 1 if len(maps) <= 3 else 2
-    columns = math.ceil(len(maps) / lines)
-    height_of_maps = (min(max(0.42 * rows, 2.1), 9.0 if lines == 1 else 6.0) + 0.4) * lines
-    height_of_patterns = 4.7 if shown else 0.0
-    width = min(max(5.5 * columns, 6.5), 16.0)
-    figure = new_figure(width, 1.0 + height_of_maps + height_of_patterns, title)
-    heights = [height_of_maps + 0.6, height_of_patterns] if shown else [1.0]
-    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
-    upper, *lower = parts.flat
-    if subtitle:
-        upper.suptitle(subtitle, fontsize=10, color="#555555")
-    everything = np.stack(list(maps.values())).astype(float)
-    norm, colormap = scale(everything)
-    if limits is not None:
-        norm, colormap = Normalize(*limits), COST if limits[0] >= 0 else GAIN_AND_COST
-    above = upper.subplots(lines, columns, sharey=True, squeeze=False)
-    for axes in above.flat[len(maps) :]:
-        axes.set_visible(False)
-    room = (width - 1.6) / columns
-    finite = everything[np.isfinite(everything)]
-    largest = float(np.abs(finite).max(initial=0.0))
-    is_signed = limits is None or limits[0] < 0
-
-    def written(value: float) -> str:
-        return number(value, largest) if is_signed else number(value, largest).removeprefix("+")
-
-    for axes, (text, values) in zip(above.flat, maps.items(), strict=False):
-        image = _map(axes, np.asarray(values, dtype=float), norm, colormap, room, written)
-        axes.set_title(text, fontsize=11)
+    width, height = found.size
+    lower = 4.7 if shown else 0.0
+    width = max(width, 4.6 * max(len(shown), 2) + 0.8) if shown else width
+    figure = new_figure(width, height + lower + 0.35 * (bool(title) + bool(subtitle)), title)
+    parts: Any = [figure] if not shown else figure.subfigures(2, 1, height_ratios=[height + 0.3 * bool(subtitle), lower])
+    for axes in found.draw(new_part(parts[0], subtitle)):
         _outline(axes, named)
-    for axes in above[:, 0]:
-        axes.set_ylabel("layer")
-        axes.set_yticks(*ticks(names, 24))
-    bar = upper.colorbar(image, ax=list(above.flat[: len(maps)]), label=unit, pad=0.015, aspect=max(18.0, height_of_maps / 0.2))
-    if limits is None:
-        bar.ax.set_ylim(float(finite.min(initial=0.0)), float(finite.max(initial=1e-6)))
     if shown:
-        below = lower[0].subplots(1, max(len(shown), 2))
+        below = parts[1].subplots(1, max(len(shown), 2))
         for axes in below[len(shown) :]:
             axes.set_visible(False)
         for axes, head in zip(below, shown, strict=False):
             color = OUTLINES[list(named).index(head) % len(OUTLINES)]
-            text = f"{head.name} head: layer {names[head.row]} head {head.head}"
+            text = f"{head.name} head: layer {found.rows[head.row]} head {head.head}"
             image = draw_pattern(axes, np.asarray(head.pattern), text, tokens, divider, color)
-        lower[0].colorbar(image, ax=list(below[: len(shown)]), label="attention", pad=0.015, aspect=24)
+        color_bar(parts[1], image, below[: len(shown)], "attention", 4.0)
     return figure
 
 
 def pair_map(
-    values: np.ndarray, names: Sequence[str], edges: Sequence[int], *, rows: str, columns: str, unit: str, title: str = ""
+    values: np.ndarray,
+    names: Sequence[str],
+    edges: Sequence[int],
+    *,
+    rows: str,
+    columns: str,
+    unit: str,
+    title: str = "",
+    subtitle: str = "",
 ) -> Figure:
     """A heat map over pairs of heads, white at 0; NaN is grey. edges: draw lines before these heads, where layers begin."""
-    size = min(max(0.32 * len(names) + 2.2, 5.0), 13.0)
-    figure = new_figure(size + 1.0, size, title)
-    axes: Axes = figure.subplots()
-    norm, colormap = scale(np.asarray(values, dtype=float))
-    axes.set_facecolor("#e4e4e4")
-    image = axes.imshow(values, norm=norm, cmap=colormap, interpolation="nearest")
-    most = 36
-    axes.set_xticks(*ticks(list(names), most), rotation=90, fontsize=7)
-    axes.set_yticks(*ticks(list(names), most), fontsize=7)
-    axes.set_xlabel(columns)
-    axes.set_ylabel(rows)
-    thin = 0.6 if len(names) <= 200 else 0.2
-    for edge in edges:
-        axes.axhline(edge - 0.5, color="#b0b0b0", linewidth=thin)
-        axes.axvline(edge - 0.5, color="#b0b0b0", linewidth=thin)
-    plain(axes)
-    bar = figure.colorbar(image, ax=axes, label=unit, shrink=0.8, pad=0.02)
-    finite = values[np.isfinite(values)]
-    if finite.size:
-        bar.ax.set_ylim(float(finite.min(initial=0.0)), float(finite.max(initial=1e-6)))
+    found = _of({"": values}, names, names, axes=(rows, columns), unit=unit, edges=(edges, edges))
+    side = min(max(0.3 * len(names), 3.4), 10.5)
+    figure = new_figure(side + 2.2, side + 1.0 + 0.35 * (bool(title) + bool(subtitle)), title)
+    (axes,) = found.draw(new_part(figure, subtitle), (side, side))
+    axes.set_aspect("equal")
     return figure
 
 
-def _map(
-    axes: Axes, values: np.ndarray, norm: Normalize, colormap: Colormap, room: float, written: Callable[[float], str]
-) -> Any:
-    """One heat map. room: inches that it is wide, about; written: a value as text."""
-    rows, heads = values.shape
-    axes.set_facecolor("#e4e4e4")
-    image = axes.imshow(values, norm=norm, cmap=colormap, aspect="auto", interpolation="nearest")
-    axes.set_xlabel("head")
-    axes.set_xticks(*ticks([str(head) for head in range(heads)], 16))
-    plain(axes)
-    if max(rows, heads) > NUMBERED_HEADS:
-        return image
-    axes.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
+def _of(maps: Mapping[str, np.ndarray], rows: Any, columns: Any, **more: Any) -> _Maps:
+    """Maps with names of their rows and columns, numbers by default. Raises ValueError where they do not fit together."""
+    shapes = {np.shape(values) for values in maps.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        raise ValueError(f"heat maps: found maps of shapes {sorted(shapes)}; expected two axes, all the same. Fill with NaN.")
+    ((high, wide),) = shapes
+    names = [[str(n) for n in (range(size) if own is None else own)] for own, size in ((rows, high), (columns, wide))]
+    if [len(names[0]), len(names[1])] != [high, wide]:
+        found = f"{len(names[0])} names of rows and {len(names[1])} of columns"
+        raise ValueError(f"heat maps: found {found}; expected {high} and {wide}, one each. Pass names of them all.")
+    return _Maps(maps, names[0], names[1], **more)
+
+
+def _write(axes: Axes, values: np.ndarray, texts: Mapping[Any, str], norm: Normalize, colormap: Colormap, room: float) -> None:
+    """Parts the cells, and writes each one's number in it, if the room (inches that the map is wide, about) is enough."""
+    rows, columns = values.shape
+    axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#d0d0d0", linewidth=0.8)
-    texts = {index: written(value) for index, value in np.ndenumerate(values) if np.isfinite(value)}
+    plain(axes)
     longest = max(map(len, texts.values()), default=1)
-    size = min(9.0, 72 * room / heads / (0.76 * longest))  # a digit is about 0.6 of the font's size wide
+    size = min(9.0, 72 * room / columns / (0.76 * longest))  # a digit is about 0.6 of the font's size wide
     if size < LEAST_FONT:
-        return image
-    for (row, head), text in texts.items():
-        color = "white" if is_dark(colormap(norm(values[row, head]))) else "#222222"
-        axes.text(head, row, text, ha="center", va="center", fontsize=size, color=color)
-    return image
+        return
+    for (row, column), text in texts.items():
+        color = "white" if is_dark(colormap(norm(values[row, column]))) else "#222222"
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
 
 
 def _outline(axes: Axes, named: Sequence[Named]) -> None:

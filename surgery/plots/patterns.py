@@ -15,7 +15,7 @@ from surgery.captures import capture
 from surgery.errors import SpecError, describe
 from surgery.evaluation import evaluating, uncached
 from surgery.patch import anatomy_of, as_spec, cuts_of, patched
-from surgery.plots.style import GAIN_AND_COST, new_figure
+from surgery.plots.style import GAIN_AND_COST, in_words, new_figure, short
 from surgery.plots.tokens import UNIT, draw_pattern
 
 Head = tuple[str | int, int]
@@ -39,8 +39,8 @@ def pattern_pictures(
 
     inputs: of one forward, of which one example (row of the batch) is shown. spec: cuts on top of those that the model has;
     None shows the patterns alone. heads: (address or layer, head). labels: texts of the tokens (in cross-attention those of
-    the queries, and `sources` those of the keys), numbers by default. Differences have a scale of their own, one for all.
-    Raises SpecError or NoMatchError for heads that do not exist.
+    the queries, and `sources` those of the keys), numbers by default. title: by default the cuts. Differences have a scale of
+    their own, one for all. Raises SpecError or NoMatchError for heads that do not exist.
     """
     if not heads:
         raise SpecError(describe("pattern_pictures", "no heads", "at least one", "For example heads=[(5, 1), ('self.6', 9)]."))
@@ -50,7 +50,8 @@ def pattern_pictures(
     before, after = shown.values()
     changes = [b - a for a, b in zip(before, after, strict=True)]
     largest = max(float(np.nanmax(np.abs(change), initial=0.0)) for change in changes) or 1.0
-    figure = new_figure(13.0, 3.9 * len(heads) + (0.5 if title else 0.1), title)
+    title = title or in_words(as_spec(spec))
+    figure = new_figure(13.0, 3.9 * len(heads) + 0.25 + 0.25 * len(title.split("\n")), title)
     rows: Any = figure.subplots(len(heads), 3, squeeze=False)
     for axes, head, *patterns in zip(rows, heads, before, after, changes, strict=True):
         name = head_name(head)
@@ -122,5 +123,5 @@ def _patterns(model: nn.Module, inputs: Mapping[str, Any], heads: Sequence[Head]
 def head_name(head: Head) -> str:
     """Like "layer 5 head 1"; with the address where that says more."""
     address, number = head
-    layer = str(address).removeprefix("self.")
+    layer = short(address)
     return f"layer {layer} head {number}" if layer.isdigit() else f"{layer} head {number}"
