@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES
 from safetensors.torch import save_file
 from test_commands import invoke
+from transformers import ViTConfig, ViTForImageClassification
 from worded import write_worded
 
 from surgery import Freeze, Spec
@@ -212,6 +213,22 @@ def test_what_is_wrong_is_said(
     told = " ".join(result.stderr.replace("│", " ").split())
     assert result.exit_code == code and message in told and result.stdout == "", told
     assert "Traceback" not in told and not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_go_on_with_random_tokens(tmp_path: Path) -> None:
+    FAMILIES["bert"].build().save_pretrained(tmp_path / "bert")
+    result = invoke("patching", tmp_path / "bert", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "expected a model that predicts the next token" in result.stderr
+    assert len(data("patching", tmp_path / "bert", "--out", tmp_path / "out", "--metric", "kl", "--rows", 2)["rows"]) == 8
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    result = invoke("importance", tmp_path / "vit", "--out", tmp_path / "none", "--metric", "loss")
+    assert result.exit_code == 1 and "found no vocabulary; expected a model that reads tokens" in result.stderr
+    images = {name: torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("ab")}
+    for name, image in images.items():
+        save_file({"pixel_values": image, "labels": torch.tensor([0, 1, 0])}, tmp_path / f"{name}.safetensors")
+    files = ("--inputs", tmp_path / "a.safetensors", "--corrupted-inputs", tmp_path / "b.safetensors")
+    assert len(data("importance", tmp_path / "vit", "--out", tmp_path / "images", *files)["rows"]) == 8
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:

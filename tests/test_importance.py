@@ -570,7 +570,8 @@ def test_the_strongest_edge_of_the_demo_model_is_into_the_induction_heads_key() 
         found.edge_matrix("z")
     figure = found.edge_picture()
     assert [axes.get_title() for axes in figure.axes[:3]] == ["into q", "into k", "into v"]
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()][-1] == "1.3"
+    labels = (figure.axes[0].get_yticklabels(), figure.axes[0].get_xticklabels())
+    assert [[text.get_text() for text in some] for some in labels] == [[f"{n}.{i}" for i in range(4)] for n in range(2)]
     assert [axes.get_title() for axes in found.picture().axes[:2]] == ["QK: where it looks", "OV: what it moves"]
     best = edges.loc[edges.score.abs().idxmax()]
     assert (best.address, best["head"], best.to_address, best.to_head, best.input) == ("self.0", 0, "self.1", 3, "k")

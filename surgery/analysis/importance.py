@@ -120,10 +120,12 @@ class Importance:
         Raises SpecError if there are no edges.
         """
         tables = {n: self.edge_matrix(n) for n in (("q", "k", "v") if self.edges is None else self.edges.input.unique())}
-        senders = list(next(iter(tables.values())).index)
+        assert self.edges is not None
+        sending = set(zip(self.edges["address"], self.edges["head"], strict=True))
+        senders = [head for head in next(iter(tables.values())).index if head in sending]
         receivers = list(dict.fromkeys(head for table in tables.values() for head in table.columns))
         return heat_maps(
-            {f"into {n}": table.reindex(columns=receivers).to_numpy() for n, table in tables.items()},
+            {f"into {n}": table.reindex(index=senders, columns=receivers).to_numpy() for n, table in tables.items()},
             [f"{short(address)}.{head}" for address, head in senders],
             [f"{short(address)}.{head}" for address, head in receivers],
             axes=ENDS,

@@ -137,4 +137,8 @@ def _config(model: Any) -> Any:
 
 
 def _vocabulary(model: Any) -> int:
-    return int(getattr(model.get_input_embeddings(), "num_embeddings", _config(model).vocab_size))
+    size = getattr(model.get_input_embeddings(), "num_embeddings", getattr(_config(model), "vocab_size", None))
+    if size is None:
+        do = "Pass inputs of your own: it cannot read random tokens."
+        raise SurgeryError(describe(type(model).__name__, "no vocabulary", "a model that reads tokens", do))
+    return int(size)

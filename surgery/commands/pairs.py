@@ -123,7 +123,12 @@ def _copies(asked: Asked, subject: Subject) -> Pair:
     """Random tokens said twice. Before the last token, the clean ones have seen it follow, the corrupted ones another."""
     from surgery.analysis import metrics
     from surgery.analysis.repeats import random_copies
+    from surgery.errors import SurgeryError, describe
 
+    if asked.metric is None and not metrics.predicts_the_next(subject.model):
+        found = f"a {type(subject.model).__name__}"
+        do = "Pass --clean and --corrupted, or --inputs; or another --metric, such as kl."
+        raise SurgeryError(describe("random tokens, said twice", found, "a model that predicts the next token", do))
     copies = random_copies(subject.model, asked.rows, seed=asked.seed, tokenizer=subject.tokenizer)
     clean = labelled(copies)
     about = [
