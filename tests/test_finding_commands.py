@@ -72,7 +72,7 @@ def test_importance_finds_the_circuit_on_random_tokens(model: Path, tmp_path: Pa
         f"6 were confirmed by doing it. Rank correlation (Spearman) of magnitudes with the sizes of exact changes: "
         f"{found['correlation']:.3f}.",
         "| self.1 | 3 | ov |",
-        "## Edges",
+        "--senders self.0.0 --receivers self.1.3.q,self.1.3.k,self.1.3.v",
     ):
         assert line in report
 
@@ -87,6 +87,7 @@ def test_importance_of_texts_is_that_of_the_function(model: Path, tmp_path: Path
         assert (
             not (tmp_path / method / "exact.png").exists() and "confirmed" not in (tmp_path / method / "report.md").read_text()
         )
+        assert ("| score | magnitude |" in (tmp_path / method / "report.md").read_text()) == (method == "ig")
         assert max(found["rows"], key=lambda row: row["magnitude"])["head"] == INDUCTION[1]
 
 

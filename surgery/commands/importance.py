@@ -150,6 +150,8 @@ def _report(out: Path, model: str, pair: Pair, found: Any, to: str, given: Path 
     if given is not None:
         text.append(f"* cuts that the model has meanwhile: `{given}`")
     table = found.top(20).dropna(axis=1, how="all")
+    if found.method == "ablation":
+        table = table.drop(columns=["magnitude", "exact"])  # the score's size, and the score
     pictures = ["![heads](heads.png)"]
     trust = []
     if is_verified:
@@ -167,7 +169,20 @@ def _report(out: Path, model: str, pair: Pair, found: Any, to: str, given: Path 
     parts: list[list[str]] = []
     if found.edges is not None:
         best = found.edges.loc[found.edges.score.abs().sort_values(ascending=False, kind="stable").index].head(10)
-        parts = [["## Edges, to first order"], markdown_table(best, list(best.columns)), ["![edges](edges.png)"]]
+        parts = [
+            ["## Edges, to first order"],
+            ["A receiver that is sure of where it looks has little first order in q and k. With the same inputs, this does it:"],
+            [f"    surgery patching {model} --out paths{_doing(best)}"] if len(best) else [],
+            markdown_table(best, list(best.columns)),
+            ["![edges](edges.png)"],
+        ]
     title = f"Which heads of {Path(model).name} matter"
     notes = [f"* {note}" for note in found.notes]
     write_report(out, title, text, markdown_table(table, list(table.columns)), trust, pictures, *parts, notes)
+
+
+def _doing(edges: Any) -> str:
+    """The options of `surgery patching` for the first of some edges, into all inputs of its receiver."""
+    first = edges.iloc[0]
+    receiver = f"{first.to_address}.{first.to_head}"
+    return f" --senders {first.address}.{first['head']} --receivers {receiver}.q,{receiver}.k,{receiver}.v"
