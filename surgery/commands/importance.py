@@ -171,7 +171,7 @@ def _report(out: Path, model: str, pair: Pair, found: Any, to: str, given: Path 
         best = found.edges.loc[found.edges.score.abs().sort_values(ascending=False, kind="stable").index].head(10)
         parts = [
             ["## Edges, to first order"],
-            ["A receiver that is sure of where it looks has little first order in q and k. With the same inputs, this does it:"],
+            ["A receiver that is sure of where it looks has little first order in q and k. On the same inputs this does it:"],
             [f"    surgery patching {model} --out paths{_doing(best)}"] if len(best) else [],
             markdown_table(best, list(best.columns)),
             ["![edges](edges.png)"],
