@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, TypeVar
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -16,6 +14,7 @@ from surgery.anatomy import Attention
 from surgery.classes import SurgicalAttention, describe_cuts
 from surgery.errors import NoMatchError, describe
 from surgery.patch import anatomy_of, session_of
+from surgery.terminal import printed, table_of
 
 R = TypeVar("R", bound=Any)
 
@@ -88,7 +87,6 @@ class Inspection(Rows[Row]):
 
     def table(self) -> Table:
         """The rows as a rich table; without cuts and runs where there are none."""
-        table = Table(title=f"Attention of {self.model_class}", title_justify="left")
         names = ("address", "class", "heads / kv", "d_head", "projections", "fused", "kernel", "cuts", "runs")
         lines = [
             [r.address, r.attention, f"{r.heads} / {r.kv_heads}", str(r.d_head), r.projections, r.fusion, r.kernel, r.cuts]
@@ -96,23 +94,12 @@ class Inspection(Rows[Row]):
         ]
         for r, line in zip(self.rows, lines, strict=True):
             line.append("" if r.runs is None else str(r.runs))
-        kept = [i for i, name in enumerate(names) if name not in ("cuts", "runs") or any(line[i] for line in lines)]
-        for i in kept:
-            table.add_column(names[i], overflow="fold", no_wrap=names[i] == "address")
-        for line in lines:
-            table.add_row(*(line[i] for i in kept))
-        return table
+        return table_of(names, lines, f"Attention of {self.model_class}", whole=("address",))
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self.table())
-        for line in self.unsupported:
-            console.print(f"left as it is: {line}")
-        for line in self.beside:
-            console.print(f"not patched beside the attention: {line}")
-        for line in self.others:
-            console.print(f"no softmax attention: {line}")
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        kinds = {"left as it is": self.unsupported, "not patched beside the attention": self.beside}
+        kinds["no softmax attention"] = self.others
+        return printed(self.table(), *(f"{kind}: {line}" for kind, lines in kinds.items() for line in lines))
 
     __repr__ = __str__
 

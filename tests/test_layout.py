@@ -29,7 +29,7 @@ ORDER = [
     "surgery.cache",                                                                                      # a model
     "surgery.plan", "surgery.unfused", "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.swap",
     "surgery.patch",                                                                                      # its surgery
-    "surgery.captures", "surgery.collect", "surgery.inspection", "surgery.selftest",                       # seeing
+    "surgery.captures", "surgery.collect", "surgery.terminal", "surgery.inspection", "surgery.selftest",   # seeing
     "surgery.factored", "surgery.linear", "surgery.behind", "surgery.heads", "surgery.weights",           # its weights
     "surgery.pretrained",
     "surgery.export", "surgery.export.folder", "surgery.export.fit", "surgery.export.document", "surgery.export.offload",
@@ -41,7 +41,7 @@ ORDER = [
     "patches",
     "surgery.plots.style", "surgery.plots.curves", "surgery.plots.tokens", "surgery.plots.maps",
     "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",                                  # pictures
-    "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
+    "surgery.analysis.tables", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
     "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.replay",
     "surgery.analysis.narrow", "surgery.analysis.sweep", "surgery.analysis.ablation", "surgery.analysis.objective",
     "surgery.analysis.baselines", "surgery.analysis.attribution", "surgery.analysis.atpstar",

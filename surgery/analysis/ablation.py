@@ -20,14 +20,17 @@ from surgery.analysis.journal import Journal
 from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
 from surgery.analysis.sweep import Checked, Sweep
+from surgery.analysis.tables import as_html, as_text
 from surgery.cuts import CIRCUITS
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of
 from surgery.plots import effect_bars, head_maps, lines
-from surgery.plots.style import short, with_unit
+from surgery.plots.style import group_name, short, with_unit
 from surgery.spec import Freeze, Spec
 
+SHORT = 8
+"""Letters of a group's heads that are named where a study is printed."""
 FROZEN = {"qk": "QK frozen", "ov": "OV frozen", "both": "both frozen"}
 
 Head = tuple[str, int]
@@ -74,11 +77,17 @@ class Study:
 
     def __str__(self) -> str:
         """The heads whose cuts change most."""
-        shown = self.top(10)[["circuit", "address", "head", "metric", "baseline", "effect", "low", "high", "p_fdr"]]
-        return f"{len(self.cuts)} cuts, {self.examples.shape[-1]} examples; largest effects:\n{shown.to_string(index=False)}"
+        head = f"{len(self.cuts)} cuts {self._to}, {self.examples.shape[-1]} examples; largest effects:"
+        return f"{head}\n{as_text(self._summary())}"
 
     def _repr_html_(self) -> str:
-        return self.top(10).to_html(index=False)
+        return as_html(self._summary())
+
+    def _summary(self) -> pd.DataFrame:
+        """The largest effects in a few columns, groups by their short names."""
+        shown = self.top(10)[["circuit", "address", "head", "metric", "baseline", "effect", "low", "high", "p_fdr"]]
+        single = shown["head"].notna()
+        return shown.assign(address=shown.address.where(single, [group_name(label, SHORT) for label in shown.address]))
 
     def to_latex(self, **options: Any) -> str:
         """The frame as a LaTeX table; options of DataFrame.to_latex."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import html
 import inspect
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -26,6 +24,7 @@ from surgery.patch import anatomy_of
 from surgery.plan import Plan
 from surgery.sites import MATRIX_SITES, SITES
 from surgery.swap import foreign_classes, obstacles, tap_problems
+from surgery.terminal import printed, table_of
 from surgery.verify import verify
 
 KNOWN = ("eager", "sdpa", "flex_attention")
@@ -81,16 +80,14 @@ class Compatibility(Rows[Row]):
 
     def table(self) -> Table:
         """Attentions that allow the same in one row."""
-        table = Table(title=f"What the attention of {self.model_class} allows", title_justify="left")
+        rows = []
         names = ("address", "class", "kernel", "sites", "cuts of scores and pattern", "weights", "baking an export would try")
-        for name in names:
-            table.add_column(name, overflow="fold")
-        for rows in self._alike():
-            row = rows[0]
+        for alike in self._alike():
+            row = alike[0]
             matrix = row.cuts.get("scores", "-")
             lists = (row.sites, row.weights, row.baking)
-            table.add_row(_range(rows), row.attention, row.kernel, _had(lists[0]), matrix, _had(lists[1]), _had(lists[2]))
-        return table
+            rows.append((_range(alike), row.attention, row.kernel, _had(lists[0]), matrix, _had(lists[1]), _had(lists[2])))
+        return table_of(names, rows, f"What the attention of {self.model_class} allows")
 
     def reasons(self) -> list[str]:
         """Why something is not there, each reason once with the attentions that it holds for; then what is to be known."""
@@ -107,15 +104,8 @@ class Compatibility(Rows[Row]):
         return [f"{_range(rows)}: {line}" for line, rows in found.items()]
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self.table())
-        for line in self.reasons():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        for line in self.unsupported:
-            console.print(f"left as it is: {line}", markup=False, highlight=False, soft_wrap=True)
-        for line in self.others:
-            console.print(f"no softmax attention: {line}", markup=False, highlight=False, soft_wrap=True)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        left = [f"left as it is: {line}" for line in self.unsupported]
+        return printed(self.table(), *self.reasons(), *left, *(f"no softmax attention: {line}" for line in self.others))
 
     __repr__ = __str__
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.looking import JOBS, Target, looks
 from surgery.analysis.repeats import random_copies
+from surgery.analysis.tables import as_html, as_text
 from surgery.anatomy import Attention, grouped
 from surgery.errors import SpecError, closest, describe, listing
 from surgery.patch import anatomy_of
@@ -38,11 +39,11 @@ class Detected:
 
     def __repr__(self) -> str:
         parts = [f"{self.examples} sequences; the three highest scores of each job:"]
-        parts += [self.top(3, job)[["job", "address", "head", "score", "chance"]].to_string(index=False) for job in self.jobs]
+        parts += [as_text(pd.concat([self.top(3, job) for job in self.jobs])[["job", "address", "head", "score", "chance"]])]
         return "\n".join(parts + [f"left out: {note}" for note in self.notes])
 
     def _repr_html_(self) -> str:
-        return pd.concat([self.top(3, job) for job in self.jobs]).to_html(index=False)
+        return as_html(pd.concat([self.top(3, job) for job in self.jobs]))
 
     @property
     def jobs(self) -> list[str]:

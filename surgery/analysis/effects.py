@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +10,20 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.forwards import forward
 from surgery.analysis.metrics import Measured, losses_of, predicts_the_next, present
+from surgery.analysis.tables import as_html
 from surgery.errors import SpecError, closest, describe
 from surgery.evaluation import evaluating
 from surgery.patch import as_spec, cuts_of, patched
 from surgery.plots import measures_by_position
 from surgery.plots.style import in_words
 from surgery.spec import Spec
+from surgery.terminal import printed, table_of
 
 MEASURES = {
     "largest": "largest absolute change",
@@ -102,12 +102,12 @@ class Effect:
     def table(self) -> Table:
         """The totals as a rich table, beside the example where each is worst."""
         title = f"{len(self.arrays['largest'])} examples"
-        table = Table(f"of {self.output}", "all", "worst example", "unit", title=title, title_justify="left")
-        frame = self.by_example()
+        frame, rows = self.by_example(), []
         for name, value in self.totals().items():
             worst = frame[name].min() if name == "agreement" else frame[name].max()
-            table.add_row(MEASURES[name], f"{value:.4g}", f"{worst:.4g}", self._unit(name))
-        return table
+            rows.append((MEASURES[name], f"{value:.4g}", f"{worst:.4g}", self._unit(name)))
+        names = (f"of {self.output}", "all", "worst example", "unit")
+        return table_of(names, rows, title, names[1:3])
 
     def picture(self) -> Figure:
         """Each measure by position: the mean over examples, and the range that they lie in.
@@ -124,18 +124,13 @@ class Effect:
     figure = picture
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        console.print(f"{self.spec}" if len(self.spec) else "no cuts", markup=False)
-        console.print(self.table())
-        for note in self.notes:
-            console.print(note, markup=False)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        return printed(f"{self.spec}" if len(self.spec) else "no cuts", self.table(), *self.notes)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         totals = pd.DataFrame([(MEASURES[n], v, self._unit(n)) for n, v in self.totals().items()], columns=["", "all", "unit"])
-        return totals.to_html(index=False, float_format="{:.4g}".format) + self.by_position().to_html(index=False, max_rows=12)
+        return as_html(totals) + as_html(self.by_position(), max_rows=12)
 
     def _mean(self, name: str) -> float:
         if name not in self.arrays:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -18,11 +16,13 @@ from surgery.analysis.forwards import repeatable
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.metrics import loss as mean_loss
 from surgery.analysis.promises import Point, between_zeros, detached, points_of, sealed, watching
+from surgery.analysis.tables import as_html
 from surgery.analysis.weight_gradients import Block, blocks_of, is_zero, measured, modules_of, standing_in, summed
 from surgery.errors import SpecError, describe
 from surgery.evaluation import keeping_state, uncached
 from surgery.patch import anatomy_of, as_spec, cuts_of, patched, probed
 from surgery.spec import Spec
+from surgery.terminal import printed, table_of
 
 SHOWN = 40
 """Rows of weights in a printed table, at most; the frame has all."""
@@ -60,43 +60,40 @@ class Gradients:
         return self.promises[self.promises["held"] == False]  # noqa: E712
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, color_system=None)
         kept, unseen = int((self.promises["held"] == True).sum()), int(self.promises.note.isin(UNSEEN).sum())  # noqa: E712
         verdict = f"{len(self.broken())} promises BROKEN, " if not self.held else ""
         verdict += f"{kept} promise{'s' * (kept != 1)} held" + (f", {unseen} could not be seen" if unseen else "")
         losses = f"{self.loss_name} {self.loss:.6g} with the cuts, {self.loss_uncut:.6g} without"
-        console.print(f"{verdict if len(self.promises) else 'no cuts'}; {losses}; {self.mode} mode", markup=False)
-        if len(self.promises):
-            console.print(self.promise_table())
-        console.print(self.weight_table())
+        head = f"{verdict if len(self.promises) else 'no cuts'}; {losses}; {self.mode} mode"
         hidden = len(self.weights) - min(SHOWN, len(self._concerned()))
-        if hidden:
-            console.print(f"{hidden} more rows in .weights", markup=False)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+        more = [f"{hidden} more rows in .weights"] if hidden else []
+        promises = (self.promise_table(), "") if len(self.promises) else ()
+        return printed(head, *promises, self.weight_table(), *more)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self.promises.to_html(index=False) + self.weights.to_html(index=False, max_rows=SHOWN)
+        return as_html(self.promises) + as_html(self._concerned(), max_rows=SHOWN)
 
     def promise_table(self) -> Table:
         """What edits promise and whether they kept it, as a rich table."""
-        table = Table("cut", "address", "at", "heads", "backward", "promise", "held", "note")
+        names, rows = ("cut", "address", "at", "heads", "backward", "promise", "held", "note"), []
         for row in self.promises.itertuples():
             held = {True: "yes", False: f"NO, by {row.by:.2g}"}.get(row.held, "-")
             heads = ", ".join(map(str, row.heads))
-            table.add_row(", ".join(map(str, row.cuts)), row.address, row.at, heads, row.backward, row.promise, held, row.note)
-        return table
+            rows.append((", ".join(map(str, row.cuts)), row.address, row.at, heads, row.backward, row.promise, held, row.note))
+        return table_of(names, rows)
 
     def weight_table(self) -> Table:
         """The gradients of the weights where the spec cuts (of all, if it cuts nothing), as a rich table."""
-        table = Table("address", "weight", "head", "norm", "mean", "max", "non-zero", "norm uncut", "non-zero uncut", "note")
+        numbers = ("norm", "mean", "max", "≠ 0", "norm\nuncut", "≠ 0\nuncut")
+        rows = []
         for row in self._concerned().head(SHOWN).itertuples():
             note = row.why or ("frozen" if row.frozen else "")
             pairs = (row.norm, row.mean, row.max, row.nonzero, row.norm_uncut, row.nonzero_uncut)
             cells = ["-" if row.why else f"{value:.3g}" for value in pairs]
-            table.add_row(row.address, row.weight, "-" if row.why else str(row.head), *cells, note)
-        return table
+            rows.append((row.address, row.weight, "-" if row.why else str(row.head), *cells, note))
+        return table_of(("address", "weight", "head", *numbers, "note"), rows, numbers=numbers, whole=("address", "weight"))
 
     def _concerned(self) -> pd.DataFrame:
         concerned = self.weights[self.weights.address.isin(self.promises.address.unique())]

@@ -22,6 +22,7 @@ from surgery.analysis.exact import Node, exact_changes
 from surgery.analysis.integrated import integrated
 from surgery.analysis.metrics import Metric
 from surgery.analysis.objective import Objective
+from surgery.analysis.tables import as_html, as_text
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of, as_spec, cuts_of, patched
@@ -164,17 +165,17 @@ class Importance:
         lines = [
             f"{self.method} of {self.metric}, {self.baseline:.4g} as it is; "
             f"{self.forwards:.3g} forwards and {self.backwards:.3g} backwards",
-            self.top().to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"),
+            as_text(self.top()),
         ]
         if self.sampled:
             lines += [
-                f"of {len(self.sampled)} others, drawn at random, none changes more than {self.missed:.3g}; "
+                f"of {len(self.sampled)} others, drawn at random, none changes more than {self.missed:.3g};\n"
                 f"at most {self.bound:.0%} of the rest do ({CONFIDENCE:.0%} confidence)"
             ]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return self.top().to_html(index=False, na_rep="")
+        return as_html(self.top())
 
 
 def head_importance(

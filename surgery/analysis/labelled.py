@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from surgery.analysis.tables import as_html, as_text
 from surgery.errors import NoMatchError, SpecError, closest, describe
 from surgery.plots import heat_maps, lines
 from surgery.plots.style import short, with_unit
@@ -106,16 +107,16 @@ class Labelled:
         if len(self.axes) == 2 and max(self.shape) <= LONGEST:
             (rows, names), (columns, numbers) = self.axes.items()
             table = pd.DataFrame(self.values, pd.Index(names, name=rows), pd.Index(numbers, name=columns))
-            return f"{head}\n{table.to_string(float_format=_short)}"
+            return f"{head}\n{as_text(table, index=True)}"
         count = int(self.present.sum())
         more = f" (the {LONGEST} farthest from 0 of {count})" if count > LONGEST else ""
-        return f"{head}{more}\n{self.top().to_string(index=False, float_format=_short)}"
+        return f"{head}{more}\n{as_text(self.top())}"
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return self.top().to_html(index=False)
+        return as_html(self.top())
 
 
 def pictured(
@@ -141,7 +142,3 @@ def pictured(
     maps = {name: array.values.reshape(len(rows), -1) for name, array in arrays.items()}
     axes = (".".join(IN_WORDS.get(axis, axis) for axis in down), IN_WORDS.get(across, across))
     return heat_maps(maps, rows, columns, axes=axes, edges=edges, **words)
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"

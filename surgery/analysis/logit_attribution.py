@@ -20,6 +20,7 @@ from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.frozen import FrozenScales
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.replay import Layers, Recorded, recording, starting_at
+from surgery.analysis.tables import as_html, as_text
 from surgery.anatomy import Anatomy, Attention, grouped
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe, listing
 from surgery.evaluation import evaluating, uncached
@@ -76,12 +77,12 @@ class LogitAttribution:
         self.frame = pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        shown = self.top(10)[["component", "value"]].to_string(index=False)
+        shown = as_text(self.top(10)[["component", "value"]])
         where = f"{self.metric.name} {self.value.mean():.4g} {self.metric.unit}, mean of {len(self.value)} examples"
-        return f"{where}, comes from (largest parts; all add up to within {self.gap:.1g}):\n{shown}"
+        return f"{where}, comes from\n(largest parts; all add up to within {self.gap:.1g}):\n{shown}"
 
     def _repr_html_(self) -> str:
-        return self.top(10).to_html(index=False)
+        return as_html(self.top(10))
 
     def top(self, count: int = 10, kind: str | None = None) -> pd.DataFrame:
         """The largest components, either way, of one kind or all."""

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from surgery.analysis.labelled import Labelled, pictured
 from surgery.analysis.metrics import Metric
+from surgery.analysis.tables import as_html, as_text
 from surgery.errors import NoMatchError, SpecError, closest, describe
 
 VIEWS = ("value", "effect", "recovery")
@@ -128,14 +129,14 @@ class Patching:
         return key
 
     def __str__(self) -> str:
-        head = f"{self._heading()} ({self.metric.unit or 'no unit'}; {self._count()}), patched into the {self.base} run"
-        return f"{head}; largest effects:\n{self.top().to_string(index=False, float_format=lambda x: f'{x:.4g}')}"
+        head = f"{self._heading()} ({self.metric.unit or 'no unit'}; {self._count()})"
+        return f"{head}\npatched into the {self.base} run; largest effects:\n{as_text(self.top())}"
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return self.top().to_html(index=False)
+        return as_html(self.top())
 
 
 def _with_tokens(array: Labelled, tokens: Sequence[str]) -> Labelled:

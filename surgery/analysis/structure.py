@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from surgery.analysis.batches import Batch, batches
 from surgery.analysis.frozen import FrozenScales
 from surgery.analysis.repeats import usable_tokens
+from surgery.analysis.tables import as_html, as_text
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe
 from surgery.evaluation import evaluating, uncached
 from surgery.factored import FactoredMatrix
@@ -85,11 +86,11 @@ class Compositions:
         return self.frame().sort_values("excess", ascending=False, kind="stable").head(count)
 
     def __repr__(self) -> str:
-        shown = self.top()[["sender", "sender_head", "receiver", "receiver_head", "score", "baseline"]].to_string(index=False)
+        shown = as_text(self.top()[["sender", "sender_head", "receiver", "receiver_head", "score", "baseline"]])
         return "\n".join([f"{self.kind}-composition, furthest above random:\n{shown}", *(f"left out: {n}" for n in self.notes)])
 
     def _repr_html_(self) -> str:
-        return self.top().to_html(index=False)
+        return as_html(self.top())
 
     def picture(self) -> Figure:
         """A heat map, senders down and receivers across, of scores above the baseline; lines part the layers."""
@@ -194,10 +195,10 @@ class Copying:
         return self.frame.pivot_table(index="address", columns="head", values="score", sort=False, dropna=False)
 
     def __repr__(self) -> str:
-        return "\n".join([self.top().to_string(index=False), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([as_text(self.top()), *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        return self.top().to_html(index=False)
+        return as_html(self.top())
 
     def picture(self) -> Figure:
         """A heat map over layer × head, from -1 to 1."""

@@ -19,6 +19,7 @@ from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.labelled import Labelled, pictured
 from surgery.analysis.reading import Reading
 from surgery.analysis.sweep import Sweep
+from surgery.analysis.tables import as_html, as_text
 from surgery.errors import NoMatchError, describe
 from surgery.patch import anatomy_of
 from surgery.plots.patterns import head_name
@@ -185,13 +186,13 @@ class Steered:
     def __str__(self) -> str:
         unit = f" ({self.examples.unit})" if self.examples.unit else ""
         head = f"{self.examples.name}{unit} under steering at {self.site}, {len(self.unsteered)} examples"
-        return f"{head}\n{self.to_frame().to_string(index=False, float_format=lambda x: f'{x:.4g}')}"
+        return f"{head}\n{as_text(self.to_frame())}"
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False)
+        return as_html(self.to_frame())
 
 
 def _legend(head: str) -> str:

@@ -10,13 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from surgery.plots.style import COLORS, name_ticks, new_figure, new_part, short, with_unit
+from surgery.plots.style import COLORS, group_name, name_ticks, new_figure, new_part, short, with_unit
 
 POINTED_OUT = 5
 """Heads of a scatter plot that bear their names: those with the largest exact effects."""
-LONGEST_NAME = 36
-"""Letters of a bar's name: of a larger group of heads, the first are named."""
-
 Band = tuple[np.ndarray, np.ndarray]
 
 
@@ -186,7 +183,7 @@ def effect_bars(frame: Any, *, count: int = 12, metric: str | None = None, title
     found: dict[str, dict[str, np.ndarray]] = {}
     for record in rows.to_dict("records"):
         is_single = np.isfinite(float(record["head"])) if record["head"] is not None else False
-        name = f"{short(record['address'])}.{int(record['head'])}" if is_single else _group_name(record["address"])
+        name = f"{short(record['address'])}.{int(record['head'])}" if is_single else group_name(record["address"])
         numbers = np.array([[record["effect"], record["low"], record["high"]]], dtype=float)
         own = found.setdefault(name, {})
         own[record["circuit"]] = np.concatenate([own[record["circuit"]], numbers]) if record["circuit"] in own else numbers
@@ -243,16 +240,6 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 def _names(shape: tuple[int, ...]) -> list[str]:
     return [".".join(map(str, index)) for index in np.ndindex(shape)]
-
-
-def _group_name(label: str) -> str:
-    """The label of a group of heads, such as "self.0.1 + self.1.2", without what says nothing, and not too long."""
-    heads = [short(head) for head in str(label).split(" + ")]
-    shown = len(heads)
-    while shown > 1 and len(" + ".join(heads[:shown])) > LONGEST_NAME:
-        shown -= 1
-    more = f" + {len(heads) - shown} more" if shown < len(heads) else ""
-    return " + ".join(heads[:shown]) + more
 
 
 def _line(axes: Axes, x: Any, values: Any, index: int, name: str, band: Band | None = None, says: str | None = None) -> None:

@@ -26,6 +26,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#7b3fa0", "#000000", "#8c6d1f")
 """Of lines, bars and their labels: told apart by colour-blind readers too."""
 OUTLINES = ("#0072b2", "#009e73", "#7b3fa0", "#000000")
 """Of named heads: told apart from the colours of the cells as well."""
+LONGEST_NAME = 36
+"""Letters of the name of a group of heads: of a larger one, the first heads are named."""
 COST = LinearSegmentedColormap.from_list("cost", ["#ffffff", "#fdd9a0", "#f08a4b", "#b5283a", "#4a0c33"])
 GAIN_AND_COST = LinearSegmentedColormap.from_list(
     "gain and cost", ["#0b3c5d", "#3d8bbd", "#b9dcee", "#ffffff", "#fdd9a0", "#f08a4b", "#b5283a"]
@@ -124,6 +126,16 @@ def name_ticks(axis: XAxis | YAxis, labels: Sequence[str], room: float, size: fl
 def short(address: str | int) -> str:
     """An address as a label: a layer's number where the rest says nothing."""
     return str(address).removeprefix("self.")
+
+
+def group_name(label: str, most: int = LONGEST_NAME) -> str:
+    """The label of a group of heads, such as "self.0.1 + self.1.2", without what says nothing, and about so long at most."""
+    heads = [short(head) for head in str(label).split(" + ")]
+    shown = len(heads)
+    while shown > 1 and len(" + ".join(heads[:shown])) > most:
+        shown -= 1
+    more = f" + {len(heads) - shown} more" if shown < len(heads) else ""
+    return " + ".join(heads[:shown]) + more
 
 
 def in_words(spec: Any, most: int = 2) -> str:
