@@ -41,7 +41,9 @@ def ids_of(*texts: str) -> torch.Tensor:
 
 
 def is_picture(path: Path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+    """Whether there is one, as PNG and as PDF."""
+    is_pdf = path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    return is_pdf and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
 # -- importance ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from surgery.commands.shared import (
 
 def ablate(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder for study.csv, study.jsonl, heads.png, effects.png, report.md.")],
+    out: Annotated[Path, typer.Option(help="The folder for study.csv, study.jsonl, report.md, pictures (.png, .pdf).")],
     inputs: Inputs = None,
     text: Annotated[
         str | None, typer.Option(help="Text or text file to read.", show_default="random tokens, said twice")
@@ -86,8 +86,8 @@ def ablate(
             resume=out / "study.jsonl",
         )
         study.frame.to_csv(out / "study.csv", index=False)
-        save(study.picture(), out / "heads.png")
-        save(study.bars(), out / "effects.png")
+        save(study.picture(), out / "heads")
+        save(study.bars(), out / "effects")
         _report(out, model, study)
         if as_json:
             write_json({"out": str(out), "rows": study.frame.to_dict("records"), "notes": study.notes})

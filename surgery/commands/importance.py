@@ -46,7 +46,7 @@ class To(StrEnum):
 
 def importance(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder for importance.csv, heads.png, report.md and what options add.")],
+    out: Annotated[Path, typer.Option(help="The folder for importance.csv, report.md, pictures (.png, .pdf).")],
     clean: Clean = None,
     corrupted: Corrupted = None,
     inputs: PairInputs = None,
@@ -67,7 +67,7 @@ def importance(
     verify_top: Annotated[int, typer.Option(min=0, help="Largest estimates to confirm by doing it.")] = 10,
     sample: Annotated[int, typer.Option(min=0, help="Others to confirm, drawn at random, which bounds what was missed.")] = 10,
     given: Annotated[Path | None, typer.Option(help="A spec with cuts that the model has meanwhile.")] = None,
-    edges: Annotated[bool, typer.Option("--edges", help="Also from head to head: edges.csv and edges.png.")] = False,
+    edges: Annotated[bool, typer.Option("--edges", help="Also from head to head: edges.csv and a picture.")] = False,
     rows: Rows = 16,
     seed: Seed = 0,
     device: Device = None,
@@ -113,13 +113,13 @@ def importance(
             )
         out.mkdir(parents=True, exist_ok=True)
         found.frame.to_csv(out / "importance.csv", index=False)
-        save(found.picture(), out / "heads.png")
+        save(found.picture(), out / "heads")
         is_verified = method is not Method.ablation and bool(found.frame.exact.notna().any())
         if is_verified:
-            save(found.against_exact(), out / "exact.png")
+            save(found.against_exact(), out / "exact")
         if found.edges is not None:
             found.edges.to_csv(out / "edges.csv", index=False)
-            save(found.edge_picture(), out / "edges.png")
+            save(found.edge_picture(), out / "edges")
         _report(out, model, pair, found, to.value, given, is_verified)
         if as_json:
             write_json(_as_dict(out, found))

@@ -46,7 +46,7 @@ class Direction(StrEnum):
 
 def patching(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder for patching.csv, patching.png, report.md.")],
+    out: Annotated[Path, typer.Option(help="The folder for patching.csv, report.md, pictures (.png, .pdf).")],
     clean: Clean = None,
     corrupted: Corrupted = None,
     inputs: PairInputs = None,
@@ -140,7 +140,7 @@ def patching(
             )
         out.mkdir(parents=True, exist_ok=True)
         found.to_frame().to_csv(out / "patching.csv", index=False)
-        save(found.picture(tokens=pair.tokens), out / "patching.png")
+        save(found.picture(tokens=pair.tokens), out / "patching")
         _report(out, model, pair, found, to.value, is_path)
         if as_json:
             write_json(_as_dict(out, found))
