@@ -112,7 +112,7 @@ class Importance:
             rows.exact.to_numpy(),
             names=[f"{short(address)}.{head}" for address, head in zip(rows["address"], rows["head"], strict=True)],
             unit=with_unit(f"change of {self.metric}", self.unit),
-            title=f"{self._method} estimates against exact changes",
+            title=f"Estimates ({self._method}) against exact changes",
         )
 
     def edge_picture(self) -> Figure:
