@@ -43,7 +43,8 @@ ORDER = [
     "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",                                  # pictures
     "surgery.analysis.tables", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
     "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.replay",
-    "surgery.analysis.narrow", "surgery.analysis.sweep", "surgery.analysis.ablation", "surgery.analysis.objective",
+    "surgery.analysis.kept", "surgery.analysis.narrow", "surgery.analysis.sweep",
+    "surgery.analysis.ablation", "surgery.analysis.objective",
     "surgery.analysis.baselines", "surgery.analysis.attribution", "surgery.analysis.atpstar",
     "surgery.analysis.labelled", "surgery.analysis.foldable",
     "surgery.analysis.compatible", "surgery.analysis.looking", "surgery.analysis.repeats",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -255,6 +256,62 @@ def test_a_model_whose_layers_talk_past_the_residual_stream_falls_back(by_rows: 
     assert sweep.notes and "difference of" in sweep.notes[0]
     for number, spec in enumerate(specs):
         torch.testing.assert_close(found[number], plain(model, inputs, spec), **CLOSE)
+
+
+@pytest.mark.parametrize("tokens", [24, 400])
+def test_a_mean_over_the_batch_is_that_of_each_cut(tokens: int) -> None:
+    """A model's own loss, of inputs with labels, is one number of all rows: no two cuts may share a forward."""
+    model, found = load_model(), {}
+    ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    inputs, specs = {"input_ids": ids, "labels": ids}, single_cuts(model)
+    sweep = Sweep(model, inputs, (-1,), tokens=tokens)
+    sweep.run(specs, lambda number, output: found.update({number: (output.loss, output.logits)}))
+    assert not sweep.notes and sweep.checked.starts == {(0, True): 0, (1, True): 1}, "still from the middle"
+    for number, spec in enumerate(specs):
+        with torch.no_grad(), patched(model, spec):
+            output = model(**inputs)
+        torch.testing.assert_close(found[number][0], output.loss, **CLOSE)
+        torch.testing.assert_close(found[number][1], output.logits[:, -1:], **CLOSE)
+    assert len({round(float(loss), 6) for loss, _ in found.values()}) > len(specs) // 2, "each its own"
+
+
+def test_positions_are_those_of_the_tokens_that_have_logits() -> None:
+    """Of the decoder, whatever comes first among the inputs and however long it is."""
+    config = transformers.T5GemmaModuleConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=64, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = transformers.T5GemmaConfig(encoder=config, decoder=config, vocab_size=60)
+    model = transformers.T5GemmaForConditionalGeneration(whole).eval()
+    for lengths in ((6, 9), (9, 6)):
+        encoder, decoder = (torch.randint(2, 60, (2, n), generator=torch.Generator().manual_seed(n)) for n in lengths)
+        inputs, spec, found = (
+            {"input_ids": encoder, "decoder_input_ids": decoder},
+            Spec(Freeze("ov", ["decoder.self.0"], [1])),
+            [],
+        )
+        Sweep(model, inputs, (-1, 2)).run([spec], lambda _, output: found.append(output.logits))  # noqa: B023
+        torch.testing.assert_close(found[0], plain(model, inputs, spec)[:, [-1, 2]], **CLOSE)
+    for name, some in (("t5gemma", inputs), ("demo", {"input_ids": decoder}), ("t5", FAMILIES["t5"].inputs())):
+        other = {"t5gemma": lambda: model, "demo": load_model, "t5": FAMILIES["t5"].build}[name]()
+        with pytest.raises(SpecError, match=r"found positions \[9\]; expected -\d to \d, for \d tokens"):
+            Sweep(other, some, (0, 9))
+
+
+def test_experts_of_limited_capacity_are_run_on_all_positions() -> None:
+    """What such an expert leaves out depends on the tokens before, though one example may not show it."""
+    config = transformers.SwitchTransformersConfig(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, vocab_size=50, decoder_start_token_id=0,
+        num_experts=2, expert_capacity=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=2, router_jitter_noise=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    ids = {"input_ids": torch.randint(2, 50, (3, 6)), "decoder_input_ids": torch.randint(2, 50, (3, 6))}
+    assert Sweep(model, ids, (-1,)).behind == ()
+    config.expert_capacity = 64
+    torch.manual_seed(0)
+    assert Sweep(transformers.SwitchTransformersForConditionalGeneration(config).eval(), ids, (-1,)).behind
 
 
 def test_the_plain_loop_can_be_asked_for() -> None:

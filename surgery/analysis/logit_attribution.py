@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.frozen import FrozenScales
+from surgery.analysis.kept import Kept
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.replay import Layers, Recorded, recording, starting_at
 from surgery.analysis.tables import as_html, as_text
@@ -141,21 +141,19 @@ class _Forward:
     def __init__(self, model: Any, batch: Batch, metric: Metric) -> None:
         self.model, self.batch, self.metric = model, uncached(model, batch), metric
         self.rows = rows_of(batch)
-        length = next(v.shape[1] for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1)
+        self.kept = Kept(model, batch, metric.positions or (-1,))
+        if self.kept.length is None:
+            raise _unsupported("the inputs", "that they are no tokens, nor embeddings of them")
         (position,) = metric.positions or (-1,)
-        self.position = position % length
-        is_free = batch.get("labels") is None  # a model's own loss needs all logits
-        is_kept = "logits_to_keep" in inspect.signature(model.forward).parameters and is_free
-        self.more = {"logits_to_keep": torch.tensor([self.position])} if is_kept else {}
+        self.position = position % self.kept.length
 
     def __call__(self) -> Tensor:
         """(example,): the metric."""
-        output = self.model(**self.batch, **self.more)
-        logits = getattr(output, "logits", None)
+        output = self.model(**self.batch, **self.kept.more)
+        logits = self.kept.logits(output)
         if not isinstance(logits, Tensor) or logits.dim() != 3:
             found = f"a {type(self.model).__name__} without logits (batch, position, vocabulary)"
             raise SpecError(describe("direct_logit_attribution", found, "a language model", "Load it with its head."))
-        logits = logits if self.more else logits[:, [self.position]]
         return self.metric.function(Measured(self.model, self.batch, output, logits, None)).expand(self.rows)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +19,28 @@ from surgery.analysis.replay import Layers, around
 from surgery.anatomy import Anatomy
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """sample: where the module maps tensors (rows, position, feature) to such a one, one position of one row; else None."""
+
+    module: nn.Module
+    is_attention: bool
+    sample: tuple[Tensor, ...] | None
+    length: int = 0
+
+
 class Watched:
     """The modules that layers call in a forward, attention or else, in their order."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, bool, bool]] = []
-        """Module, whether it is attention, whether it maps tensors (rows, position, feature) to such a one."""
+        self.calls: list[_Call] = []
 
     def behind(self) -> tuple[nn.Module, ...]:
         """The modules with matrices that are called once, on such tensors alone, when no attention follows."""
-        last = max((number for number, (_, is_attention, _) in enumerate(self.calls) if is_attention), default=len(self.calls))
-        counts = Counter(id(module) for module, *_ in self.calls)
-        found = [module for module, _, fits in self.calls[last + 1 :] if fits and counts[id(module)] == 1]
-        return tuple(module for module in found if any(p.dim() > 1 for p in module.parameters()))
+        last = max((number for number, call in enumerate(self.calls) if call.is_attention), default=len(self.calls))
+        counts = Counter(id(call.module) for call in self.calls)
+        found = [call for call in self.calls[last + 1 :] if counts[id(call.module)] == 1]
+        return tuple(c.module for c in found if any(p.dim() > 1 for p in c.module.parameters()) and _is_apart(c))
 
 
 @contextmanager
@@ -43,7 +53,8 @@ def watching(model: nn.Module, layers: Layers, anatomy: Anatomy) -> Iterator[Wat
         output = forward(*args, **kwargs)
         shapes = {t.shape[:2] if isinstance(t, Tensor) and t.dim() == 3 else None for t in (*args, output)}
         fits = bool(args) and not kwargs and len(shapes) == 1 and next(iter(shapes), None) is not None
-        watched.calls.append((module, id(module) in attention, fits))
+        sample = tuple(arg[:1, :1].detach() for arg in args) if fits else None
+        watched.calls.append(_Call(module, id(module) in attention, sample, args[0].shape[1] if fits else 0))
         return output
 
     with around([part for layer in layers.modules for part in _parts(layer, attention)], watch):
@@ -64,6 +75,18 @@ def narrowed(modules: Sequence[nn.Module], positions: Sequence[int]) -> Iterator
 
     with around(modules, narrow):
         yield
+
+
+def _is_apart(call: _Call) -> bool:
+    """Whether a position gives alone what it gives after as many like it as there are others.
+
+    Experts of limited capacity do not: they are all full by then, which other tokens may never show.
+    """
+    if call.sample is None:
+        return False
+    alone = call.module(*call.sample)
+    after = call.module(*(part.expand(1, call.length, -1) for part in call.sample))[:, -1:]
+    return bool(torch.allclose(after.float(), alone.float(), rtol=1e-2, atol=1e-3 * float(alone.abs().max())))
 
 
 def _parts(module: nn.Module, attention: set[int]) -> Iterator[nn.Module]:

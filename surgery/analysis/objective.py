@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 
 from surgery.analysis.batches import rows_of
+from surgery.analysis.kept import Kept
 from surgery.analysis.metrics import Measured, as_metric
 from surgery.errors import SpecError, describe
 from surgery.evaluation import evaluating, uncached
 from surgery.patch import cuts_of, patched
 from surgery.spec import Spec
-from surgery.taps import runs_on
 
 
 class Objective:
@@ -28,10 +27,8 @@ class Objective:
     def __init__(self, model: Any, inputs: Mapping[str, Any], metric: Any) -> None:
         self.model, self.metric, self.rows = model, as_metric(metric), rows_of(inputs)
         self.base, self.kernel = cuts_of(model)
-        names = inspect.signature(model.forward).parameters
         self.inputs = uncached(model, inputs)
-        is_free = self.inputs.get("labels") is None  # a model's own loss needs all logits
-        self.keeps = self.metric.positions is not None and "logits_to_keep" in names and is_free
+        self.kept = Kept(model, self.inputs, self.metric.positions)
         self.clean: Tensor | None = None
         self.start: float | None = None
         self.forwards, self.backwards = 0.0, 0.0
@@ -41,13 +38,13 @@ class Objective:
         given = self.inputs if inputs is None else {**self.inputs, **inputs}
         self.forwards += 1
         with patched(self.model, self.base + spec, kernel=self.kernel, strict=False), evaluating(self.model):
-            return self.model(**given, **self._kept(given))
+            return self.model(**given, **self.kept.more)
 
     def value(self, spec: Spec) -> Tensor:
         """The metric's mean over examples. Raises SpecError where it is not one number for each."""
         with torch.enable_grad():
             output = self.forward(spec)
-            logits = self._logits(output)
+            logits = self.kept.logits(output)
             if self.clean is None and logits is not None:
                 self.clean = logits.detach()
             found = self.metric.function(Measured(self.model, self.inputs, output, logits, self.clean))
@@ -73,17 +70,3 @@ class Objective:
         self.backwards += 1
         slopes = torch.autograd.grad(value, list(leaves), retain_graph=keep, allow_unused=True)
         return [torch.zeros_like(leaf) if slope is None else slope for leaf, slope in zip(leaves, slopes, strict=True)]
-
-    def _kept(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The argument by which a model computes logits where the metric looks, and nowhere else."""
-        if not self.keeps:
-            return {}
-        length = next(v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1)
-        kept = [p % length for p in self.metric.positions or ()]
-        return {"logits_to_keep": torch.tensor(kept, device=runs_on(self.model))}
-
-    def _logits(self, output: Any) -> Tensor | None:
-        logits = getattr(output, "logits", None)
-        if logits is None or self.keeps or self.metric.positions is None or logits.dim() < 3:
-            return logits
-        return logits[:, list(self.metric.positions)]

@@ -3,12 +3,12 @@
 A cut in one layer leaves the layers before it as they are, so a forward starts there (see `surgery.analysis.replay`); several
 cuts run as blocks of one batch, each block with cuts of its own (see `surgery.blocks`); logits are computed where they are
 read. What comes out is what the plain loop gives, to the rounding of matrix products of other sizes: float32 within 1e-4 of the
-largest entry, which is checked on every model before it is relied on.
+largest entry. Before it is relied on, that is checked on every model: without cuts from each layer where cuts begin, with one
+from the first of these, on an example of the first batch.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.analysis.batches import rows_of
+from surgery.analysis.kept import Kept
 from surgery.analysis.narrow import narrowed, watching
 from surgery.analysis.replay import Layers, first_rows, recording, repeated, starting_at
 from surgery.blocks import Blocks
@@ -40,10 +41,14 @@ ROUGH = 3e-2
 
 @dataclass
 class Checked:
-    """What was found out about a model. starts: by number of a layer's call, where cuts that begin there are started: there,
-    at 0, or LOOP, one by one. is_narrow: whether modules behind the last attention may compute the kept positions alone."""
+    """What was found out about a model.
 
-    starts: dict[int, int] = field(default_factory=dict)
+    starts: by number of a layer's call, and whether outputs have numbers of the whole batch, where cuts that begin there are
+    started: there, at 0, or LOOP, one by one. is_narrow: whether modules behind the last attention may compute the kept
+    positions alone.
+    """
+
+    starts: dict[tuple[int, bool], int] = field(default_factory=dict)
     is_narrow: bool = True
 
 
@@ -52,7 +57,7 @@ class Sweep:
 
     model: patched or not; cuts that it has already stay, below those of the specs. positions: whose logits are wanted, None for
     all. tokens: the most in one forward, which bounds memory beside the kept outputs of the layers; at least one copy of the
-    batch runs. fast=False: the plain loop.
+    batch runs; where an output has numbers of the whole batch (a loss), exactly one. fast=False: the plain loop.
     checked: fills as the sweep finds out; that of another batch of the same model may be given.
     notes: why, where the plain loop or a whole forward was needed. forwards: whole forwards' worth of layer calls so far.
     """
@@ -68,13 +73,9 @@ class Sweep:
         checked: Checked | None = None,
     ) -> None:
         self.model, self.rows = model, rows_of(inputs)
-        names = inspect.signature(model.forward).parameters
-        self.inputs = uncached(model, inputs)
-        length = next((v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), 1)
-        self.positions, self.more = positions, {}
-        is_free = inputs.get("labels") is None  # a model's own loss needs all logits
-        if positions is not None and "logits_to_keep" in names and is_free:
-            self.more = {"logits_to_keep": torch.tensor([p % length for p in positions], device=runs_on(model))}
+        self.inputs, self.positions = uncached(model, inputs), positions
+        self.kept = Kept(model, inputs, positions)
+        length = max((v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1), default=1)
         self.copies = max(1, (tokens or TOKENS.get(runs_on(model).type, TOKENS["other"])) // (self.rows * length))
         self.notes: list[str] = []
         self.forwards = 0.0
@@ -87,10 +88,13 @@ class Sweep:
                 watching(model, self.layers, self.anatomy) as watched,
             ):
                 self.clean = self._forward(self.inputs)
-        self.behind = watched.behind() if positions is not None else ()
+            self.behind = watched.behind() if positions is not None else ()
+        numbers = [leaf for leaf in tree_leaves(self.clean) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        self.is_whole = any(not leaf.dim() or len(leaf) != self.rows for leaf in numbers)
+        if self.is_whole:
+            self.copies = 1
         self.checked = checked or Checked()
-        if not fast:
-            self.checked.starts = dict.fromkeys(range(len(self.recorded.calls) + 1), LOOP)
+        self.is_fast = fast
 
     def run(self, specs: Sequence[Spec], read: Callable[[int, Any], None]) -> None:
         """Calls read(number of the spec, output) for each, in the order of the layers where they begin.
@@ -125,15 +129,20 @@ class Sweep:
 
     def _outputs(self, specs: list[Spec], first: int) -> Iterator[Any]:
         """The outputs under specs whose first cuts are in one call of a layer, each while no other forward has run since."""
-        starts = self.checked.starts
-        if first not in starts:
-            starts[first] = self._trusted(self._addresses(specs[0]), first)
-        start = starts[first]
+        start = self._start_of(specs[0], first)
         if start == LOOP:
             yield from (self._plain(spec, self.inputs, 1) for spec in specs)
         else:
             output = self._blocks(specs, start, self.rows)
             yield from (_block(output, index, self.rows) for index in range(len(specs)))
+
+    def _start_of(self, spec: Spec, first: int) -> int:
+        if not self.is_fast:
+            return LOOP
+        key = (first, self.is_whole)
+        if key not in self.checked.starts:
+            self.checked.starts[key] = self._trusted(self._addresses(spec), first)
+        return self.checked.starts[key]
 
     def _plain(self, spec: Spec, inputs: Mapping[str, Any], part: float) -> Any:
         """The slow way: patched and run. part: of the batch that the inputs are."""
@@ -161,10 +170,12 @@ class Sweep:
 
     def _trusted(self, addresses: Sequence[str], first: int) -> int:
         """Where cuts in a call of a layer can be started: there, at 0, or LOOP; with a note why, if not there."""
+        was_narrow = self.checked.is_narrow and bool(self.behind)
+        # What costs least first. All examples where something looks at more, such as a reference for the whole batch.
+        few = self.rows if self.is_whole else 1
         for start in dict.fromkeys((first, 0)):
-            # What costs least first. All examples where something looks at more, such as a reference for the whole batch.
-            for is_narrow, rows in ((True, 1), (False, 1), (False, self.rows)):
-                self.checked.is_narrow &= is_narrow
+            for is_narrow, rows in dict.fromkeys(((was_narrow, few), (False, few), (False, self.rows))):
+                self.checked.is_narrow = is_narrow
                 try:
                     problem = self._problem(addresses, start, rows)
                 except Exception as error:  # of whatever kind a forward raises that does not take copies of its batch
@@ -172,19 +183,24 @@ class Sweep:
                 if not problem:
                     return start
             self._note(f"from layer call {start}: {problem}")
+        self.checked.is_narrow = was_narrow
         return LOOP
 
     def _problem(self, addresses: Sequence[str], start: int, rows: int) -> str:
         """How a start fails to give what whole forwards of the first rows give, in words; "" if it does.
 
-        That a block without cuts gives the clean output is seen at every start, that one with cuts gives what it gives alone
-        at the first.
+        That a forward without cuts gives the clean output is seen at every start; that one with cuts gives what it gives alone,
+        beside another block, at the first.
         """
         clean, inputs = (first_rows(value, self.rows, rows) for value in (self.clean, self.inputs))
-        if any(known != LOOP for known in self.checked.starts.values()):
-            return difference(self._blocks([Spec()], start, rows), clean)
+        problem = difference(self._blocks([Spec()], start, rows), clean, rows == self.rows)
+        is_known = any(trusted != LOOP for (_, whole), trusted in self.checked.starts.items() if whole == self.is_whole)
+        if problem or is_known:
+            return problem
         cut = Spec([Freeze("ov", [address]) for address in addresses])
         alone = self._plain(cut, inputs, rows / self.rows)
+        if self.is_whole:
+            return difference(self._blocks([cut], start, rows), alone, True)
         output = self._blocks([cut, Spec()], start, rows)
         return difference(_block(output, 0, rows), alone) or difference(_block(output, 1, rows), clean)
 
@@ -195,9 +211,10 @@ class Sweep:
         self.notes.append(text)
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:
-        output = self.model(**inputs, **self.more)
-        if self.positions is not None and not self.more and getattr(output, "logits", None) is not None:
-            output.logits = output.logits[:, list(self.positions)]
+        output = self.model(**inputs, **self.kept.more)
+        logits = self.kept.logits(output)
+        if logits is not None and logits is not output.logits:
+            output.logits = logits
         return output
 
 
@@ -212,13 +229,15 @@ def _block(output: Any, index: int, rows: int) -> Any:
     return tree_map(take, output)
 
 
-def difference(found: Any, expected: Any) -> str:
-    """How two outputs differ by more than rounding, in words; "" if they do not."""
-    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
-    for a, b in pairs:
+def difference(found: Any, expected: Any, with_means: bool = False) -> str:
+    """How two outputs differ by more than rounding, in words; "" if they do not.
+
+    with_means: numbers without axes, too, which are means over examples: of as many in both.
+    """
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue
-        if not a.dim() and not a.isnan():  # a mean over examples, of which there may be fewer
+        if not (a.dim() or with_means):
             continue
         if a.shape != b.shape:
             return f"an output of shape {tuple(a.shape)}, not {tuple(b.shape)}"
