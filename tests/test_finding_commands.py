@@ -60,7 +60,7 @@ def test_importance_finds_the_circuit_on_random_tokens(model: Path, tmp_path: Pa
         (*PREVIOUS, "ov"),
     }
     assert (best.exact < -8).all() and found["baseline"] > 8 and found["missed"] < 1e-3 and rows.exact.notna().sum() == 6
-    assert found["forwards"] < 3 + 1 + 6 + 4 and found["metric"] == "logit difference", "no sweep of 16"
+    assert found["forwards"] < 3 + 1 + 6 + 5 and found["metric"] == "logit difference", "no sweep of 16"
     edges = pd.DataFrame(found["edges"])
     top = edges.loc[edges.score.abs().idxmax()]
     assert (top.address, top["head"], top.to_address, top.to_head) == (*PREVIOUS, *INDUCTION)

@@ -67,13 +67,15 @@ def ablate(
         from surgery.pretrained import load_any, tokenizer_of
 
         loaded = load_any(model, trust_remote_code=trust_remote_code).to(device_of(device))
-        given = read_inputs(inputs)
+        given, about = read_inputs(inputs), f"`{inputs}`"
         if given is None:
             tokenizer, missing = tokenizer_of(model, trust_remote_code=trust_remote_code)
             if text is None:
-                given = labelled(random_copies(loaded, rows, seed=seed, tokenizer=tokenizer))
+                copies = random_copies(loaded, rows, seed=seed, tokenizer=tokenizer)
+                given = labelled(copies)
+                about = f"{int(copies.lengths[0])} random tokens (seed {seed}), said twice; the second time counts"
             else:
-                given = sequences(tokenizer, missing, text, length, rows)
+                given, about = sequences(tokenizer, missing, text, length, rows), f"{length} tokens each of the text"
         out.mkdir(parents=True, exist_ok=True)
         study = ablation_study(
             loaded,
@@ -88,7 +90,7 @@ def ablate(
         study.frame.to_csv(out / "study.csv", index=False)
         save(study.picture(), out / "heads")
         save(study.bars(), out / "effects")
-        _report(out, model, study)
+        _report(out, model, study, about, to)
         if as_json:
             write_json({"out": str(out), "rows": study.frame.to_dict("records"), "notes": study.notes})
             return
@@ -96,12 +98,14 @@ def ablate(
         say(f"Table, pictures and report: {out}")
 
 
-def _report(out: Path, model: str, study: Any) -> None:
+def _report(out: Path, model: str, study: Any, about: str, to: str) -> None:
     """The largest effects, and how they were measured."""
     columns = ["circuit", "address", "head", "metric", "baseline", "effect", "low", "high", "p_fdr"]
     how = [
-        f"{len(study.cuts)} cuts on {study.examples.shape[-1]} sequences. Effects are means over sequences, with 95 %",
-        "intervals by bootstrap and p-values by flipping signs, corrected for all cuts (Benjamini-Hochberg).",
+        f"* read: {study.examples.shape[-1]} sequences, {about}",
+        f"* {len(study.cuts)} cuts, each of one head, to {to}",
+        "* effects: means over sequences, with 95 % intervals by bootstrap over them",
+        "* p-values: by flipping the signs of sequences, corrected for all cuts (Benjamini-Hochberg)",
     ]
     write_report(
         out,
