@@ -34,7 +34,8 @@ def test_a_study_is_written_and_goes_on(model: Path, tmp_path: Path) -> None:
     best = frame.loc[frame[frame.circuit == "qk"].effect.idxmax()]
     assert (best.address, best["head"]) == ("self.1", 3) and best.effect > 3 and best.baseline < 0.1
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert "* read: 6 sequences, 24 random tokens (seed 0), said twice" in report and "* 24 cuts" in report and "| ov | self.0 | 0 | loss |" in report
+    assert "* read: 6 sequences, 24 random tokens (seed 0), said twice" in report
+    assert "* 24 cuts" in report and "| ov | self.0 | 0 | loss |" in report
     for name in ("heads", "effects"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG") and (out / f"{name}.png").stat().st_size > 10_000
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF") and f"({name}.png)" in report
