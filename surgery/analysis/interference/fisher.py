@@ -1,0 +1,123 @@
+"""The Fisher reference I: the mean of squared per-sample gradients, by which a parameter's own steepness is divided out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgery.analysis.interference.factors import weight_gradient
+from surgery.analysis.interference.gradients import Gradients
+from surgery.errors import SpecError, describe
+
+
+class Fisher:
+    """A mean of squared gradients that fills as samples come, kept whole: as many numbers as the blocks have weights.
+
+    beta: None for the plain mean of all samples; else in (0, 1): a moving average, corrected for its beginning, in which the
+      k-th of n samples has the weight (1 − β) β^(n−1−k) / (1 − βⁿ): it depends on their order, not on how they are batched.
+    Empirical Fisher: squares of the gradients of the true targets' loss (Kunstner et al. 2019 say what that is not).
+    """
+
+    def __init__(self, beta: float | None = None) -> None:
+        if beta is not None and not 0 < beta < 1:
+            raise SpecError(describe("Fisher", f"beta={beta}", "a number between 0 and 1, or None", "For example 0.99."))
+        self.beta, self.count = beta, 0
+        self.about: dict[str, Any] | None = None
+        self._sums: dict[str, Tensor] = {}
+
+    def update(self, gradients: Gradients) -> Fisher:
+        """Takes in samples, in their order. Raises SpecError for those of another model or loss."""
+        if self.about is None:
+            self.about = dict(gradients.about)
+        require_same("Fisher", self.about, gradients.about)
+        count = len(gradients)
+        for key, block in gradients.blocks.items():
+            for head in range(block.heads):
+                done = 0
+                for factor in gradients.factors(key):
+                    squares = weight_gradient(factor, block, head).square_()
+                    rows = len(squares)
+                    after = torch.arange(count - done - 1, count - done - rows - 1, -1, dtype=torch.float64)
+                    weights = torch.ones(rows) if self.beta is None else ((1 - self.beta) * self.beta**after).float()
+                    found = torch.einsum("n,npc->pc", weights, squares)
+                    if key not in self._sums:
+                        self._sums[key] = found.new_zeros(block.heads, *found.shape)
+                    if done == 0 and self.beta is not None:
+                        self._sums[key][head] *= self.beta**count
+                    self._sums[key][head] += found
+                    done += rows
+        self.count += count
+        return self
+
+    def part(self, key: str, head: int, start: int, stop: int) -> Tensor:
+        """(wide, channel) of a head, a stretch of its wide side. Raises SpecError for what no sample had."""
+        return self._sum(key)[head, start:stop] / self._weight
+
+    def mean(self, key: str) -> float:
+        """Over all parameters of a block."""
+        return float(self._sum(key).double().mean()) / self._weight
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"beta": self.beta, "count": self.count, "about": self.about}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(self._sums, unfinished, metadata={"fisher": json.dumps(about)})
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fisher:
+        """What `save` wrote. Raises SpecError for another file."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["fisher"])
+                found = cls(about["beta"])
+                found._sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, KeyError, ValueError) as error:
+            do = "Name a file that Fisher.save wrote."
+            raise SpecError(describe(f"{str(path)!r}", f"{type(error).__name__}: {error}", "a Fisher reference", do)) from None
+        found.count, found.about = about["count"], about["about"]
+        return found
+
+    @property
+    def _weight(self) -> float:
+        return float(self.count) if self.beta is None else 1 - self.beta**self.count
+
+    def _sum(self, key: str) -> Tensor:
+        if key not in self._sums:
+            found = f"no samples of {key}" if self.count else "no samples yet"
+            raise SpecError(describe("Fisher", found, "a reference for every block", "Update it with gradients of these layers."))
+        return self._sums[key]
+
+    def __repr__(self) -> str:
+        kind = "mean" if self.beta is None else f"moving average, beta {self.beta}"
+        return f"Fisher ({kind}) of {self.count} samples, {len(self._sums)} blocks"
+
+
+def require_same(what: str, *abouts: Any) -> None:
+    """Raises SpecError for gradients that do not belong together, naming all that differs."""
+    first, *others = abouts
+    for other in others:
+        if other != first:
+            keys = [key for key in first if first[key] != other.get(key)]
+            found, expected = ("; ".join(f"{key}: {about.get(key)!r}" for key in keys) for about in (other, first))
+            do = "Collect all tasks on one model, under the same cuts and by the same loss."
+            raise SpecError(describe(what, f"gradients with {found}", expected, do))
+
+
+def gradients_in(pool: Any) -> list[Gradients]:
+    """The gradients of a reference that is a pool of samples."""
+    found = [pool] if isinstance(pool, Gradients) else list(pool) if isinstance(pool, Iterable) else []
+    if not found or not all(isinstance(one, Gradients) for one in found):
+        expected = "a Fisher, Gradients, several of these, or None for those of the tasks"
+        raise SpecError(describe("fisher", f"a {type(pool).__name__}", expected, "Pass one of these."))
+    return found

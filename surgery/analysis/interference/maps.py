@@ -1,0 +1,162 @@
+"""Interference between two tasks: a map over pairs of samples for every head's Q, K, V and O, or its means alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgery.analysis.interference.gradients import Gradients
+from surgery.analysis.interference.kernels import kernel_of
+from surgery.analysis.interference.walk import MEMORY_MIB, RHO, Walk
+from surgery.errors import SpecError, describe
+
+
+class Interference:
+    """What `heatmap` found. Heads are kv heads for K and V.
+
+    hypotheses: (address, block, head) of each number. rows (hypothesis, sample of A), columns (hypothesis, sample of B): means
+    over the other task, float64. maps: (hypothesis, sample of A, sample of B) float32, or None where means alone were asked for.
+    """
+
+    def __init__(
+        self, about: dict[str, Any], hypotheses: list[tuple[str, str, int]], rows: Tensor, columns: Tensor, maps: Tensor | None
+    ) -> None:
+        self.about, self.hypotheses, self.rows, self.columns, self.maps = about, hypotheses, rows, columns, maps
+        self._numbers = {hypothesis: number for number, hypothesis in enumerate(hypotheses)}
+
+    @property
+    def means(self) -> Tensor:
+        """(hypothesis,) float64: over all pairs of samples."""
+        return self.rows.mean(1)
+
+    def map(self, address: str, block: str, head: int) -> Tensor:
+        """(sample of A, sample of B) of one head's block. Raises SpecError without maps, or for what there is not."""
+        if self.maps is None:
+            raise SpecError(describe("map", "means alone", "maps over pairs", "Pass keep_maps=True to heatmap."))
+        return self.maps[self._number(address, block, head)]
+
+    def sample_pair(self, i: int, j: int, address: str, head: int) -> dict[str, float]:
+        """By block, the number of one pair of samples at a head (of K and V: at the kv head of this number)."""
+        blocks = [block for place, block, number in self.hypotheses if place == address and number == head]
+        if not blocks:
+            self._number(address, "Q", head)
+        return {block: float(self.map(address, block, head)[i, j]) for block in blocks}
+
+    def by_head(self) -> dict[str, pd.DataFrame]:
+        """By block, means over all pairs, addresses × heads."""
+        frame = self.to_frame()
+        return {
+            block: rows.pivot(index="address", columns="head", values="mean").reindex(rows.address.unique())
+            for block, rows in frame.groupby("block", sort=False)
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each hypothesis: address, block, head, mean."""
+        frame = pd.DataFrame(self.hypotheses, columns=["address", "block", "head"])
+        return frame.assign(mean=self.means.numpy())
+
+    def top(self, count: int = 10) -> pd.DataFrame:
+        """The largest means."""
+        return self.to_frame().sort_values("mean", ascending=False, kind="stable").head(count)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"rows": self.rows, "columns": self.columns} | ({} if self.maps is None else {"maps": self.maps})
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        about = {"interference": json.dumps({"about": self.about, "hypotheses": self.hypotheses})}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=about)
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Interference:
+        """What `save` wrote. Raises SpecError for another file."""
+        try:
+            with safe_open(path, "pt") as file:
+                known = json.loads((file.metadata() or {})["interference"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, KeyError, ValueError) as error:
+            do = "Name a file that Interference.save wrote."
+            raise SpecError(describe(f"{str(path)!r}", f"{type(error).__name__}: {error}", "an interference map", do)) from None
+        hypotheses = [(address, block, head) for address, block, head in known["hypotheses"]]
+        return cls(known["about"], hypotheses, tensors["rows"], tensors["columns"], tensors.get("maps"))
+
+    def _number(self, address: str, block: str, head: int) -> int:
+        if (address, block, head) not in self._numbers:
+            found = f"{address} {block} head {head}"
+            expected = f"one of {len(self.hypotheses)}, such as {' '.join(map(str, self.hypotheses[0]))}"
+            raise SpecError(describe("interference", found, expected, "See .to_frame()."))
+        return self._numbers[address, block, head]
+
+    def __str__(self) -> str:
+        about = self.about
+        head = f"{about['kernel']} of {about['a']!r} ({self.rows.shape[1]} samples) and {about['b']!r} ({self.columns.shape[1]})"
+        return f"{head}; largest means:\n{self.top().to_string(index=False, float_format=lambda x: f'{x:.4g}')}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.top().to_html(index=False)
+
+
+def heatmap(
+    a: Gradients,
+    b: Gradients,
+    fisher: Any = None,
+    kernel: str = "qkov",
+    *,
+    rho: float = RHO,
+    is_unit: bool = False,
+    keep_maps: bool = True,
+    memory_mib: float = MEMORY_MIB,
+    progress: bool = False,
+) -> Interference:
+    """M_ij for every pair of samples, head and block; see `surgery.analysis.interference.kernels`.
+
+    fisher: a Fisher, Gradients whose samples are pooled, or None: those of a and b. rho: r over the mean of I in a block.
+    is_unit: samples of length one over all blocks ("signed" always). keep_maps=False keeps means over either task alone.
+    memory_mib: of the workspace, beside the factors of one block and the maps. Products are summed in float32.
+    Raises SpecError for gradients of another model, loss or cuts, and unknown kernels.
+    """
+    chosen = kernel_of(kernel)
+    walk = Walk(
+        (a, b),
+        fisher,
+        rho=rho,
+        is_unit=is_unit or chosen.is_unit,
+        needs_fisher=chosen.needs_fisher,
+        memory_mib=memory_mib,
+        progress=progress,
+    )
+    hypotheses = walk.hypotheses
+    numbers = {hypothesis: number for number, hypothesis in enumerate(hypotheses)}
+    rows, columns = (torch.zeros(len(hypotheses), len(task), dtype=torch.float64) for task in (a, b))
+    maps = torch.zeros(len(hypotheses), len(a), len(b)) if keep_maps else None
+    for stretch in walk:
+        number = numbers[stretch.block.address, stretch.block.name, stretch.head]
+        left = chosen.left(stretch.gradients[0], stretch.fisher)
+        right = chosen.right(stretch.gradients[1], stretch.fisher)
+        if maps is not None:
+            maps[number] += (left @ right.mT).cpu()
+        else:
+            rows[number] += (left @ right.mean(0)).cpu()
+            columns[number] += (right @ left.mean(0)).cpu()
+    if maps is not None:
+        rows, columns = maps.double().mean(2), maps.double().mean(1)
+    about = {"kernel": kernel, "a": a.task, "b": b.task, "rho": rho, "is_unit": is_unit or chosen.is_unit, **a.about}
+    return Interference(about, hypotheses, rows, columns, maps)
+
+
+def as_table(found: Interference, block: str) -> np.ndarray:
+    """(address, head) of one block."""
+    return found.by_head()[block].to_numpy()
