@@ -55,6 +55,10 @@ ORDER = [
     "surgery.analysis.logit_attribution", "surgery.analysis.outcome", "surgery.analysis.pairs",
     "surgery.analysis.patching", "surgery.analysis.paths", "surgery.analysis.tokens",
     "surgery.analysis.vectors", "surgery.analysis.steering", "surgery.analysis.structure",
+    "surgery.analysis.interference.store", "surgery.analysis.interference.factors",
+    "surgery.analysis.interference.gradients", "surgery.analysis.interference.fisher",
+    "surgery.analysis.interference.kernels", "surgery.analysis.interference.walk",
+    "surgery.analysis.interference.maps", "surgery.analysis.interference",
     "surgery.analysis.public", "surgery.analysis",                                                        # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",

@@ -7,7 +7,7 @@ weight has a gradient, frozen and quantised weights do as well as others, and `.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,10 @@ class _Call:
     nudge: Tensor
 
 
-def factors(model: nn.Module, blocks: Sequence[Block], rows: int, losses: Callable[[], Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """For each block, by key: (wide (sample, position, d), narrow (sample, position, head · channel)); and the losses (sample,).
+def factors(
+    model: nn.Module, blocks: Sequence[Block], rows: int, losses: Callable[[], Tensor]
+) -> tuple[dict[str, Any], Tensor]:
+    """By key of a block (wide (sample, position, d), narrow (sample, position, head · channel)), and the losses (sample,).
 
     losses: runs one forward of `rows` samples, each computed by itself, and gives each one's loss. Raises SurgeryError for a
     projection that does not map (…, d_in) to (…, d_out), or that the forward does not call.
@@ -129,7 +131,7 @@ def weight_gradient(factor: tuple[Tensor, Tensor], block: Block, head: int) -> T
     return wide.float().mT @ part.float()
 
 
-def squared_norms(factor: Mapping[str, Any] | tuple[Tensor, Tensor]) -> Tensor:
+def squared_norms(factor: tuple[Tensor, Tensor]) -> Tensor:
     """(sample,) float64: the squared norm of a block's whole gradient, which is not formed: Σ_tt' (a_t·a_t') (δ_t·δ_t')."""
     wide, narrow = (part.double() for part in factor)
     return ((wide @ wide.mT) * (narrow @ narrow.mT)).sum((1, 2)).clamp(min=0)

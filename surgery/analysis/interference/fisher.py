@@ -95,7 +95,9 @@ class Fisher:
     def _sum(self, key: str) -> Tensor:
         if key not in self._sums:
             found = f"no samples of {key}" if self.count else "no samples yet"
-            raise SpecError(describe("Fisher", found, "a reference for every block", "Update it with gradients of these layers."))
+            raise SpecError(
+                describe("Fisher", found, "a reference for every block", "Update it with gradients of these layers.")
+            )
         return self._sums[key]
 
     def __repr__(self) -> str:

@@ -133,7 +133,7 @@ def collect(
     anatomy = anatomy_of(model)
     blocks, missing = blocks_of(anatomy.select(layers, "collect"))
     if missing:
-        raise UnsupportedArchitectureError(listing("collect", missing + ["Leave these layers out by layers=."]))
+        raise UnsupportedArchitectureError(listing("collect", [*missing, "Leave these layers out by layers=."]))
     spec, kernel = cuts_of(model)
     about = {"model": anatomy.fingerprint, "cuts": spec.fingerprint(), "loss": metric.name, "biases": False}
     folder = None if resume is None else Path(resume)
@@ -177,11 +177,11 @@ def _losses(model: Any, batch: Batch, metric: Metric, rows: int) -> Callable[[],
         output = model(**uncached(model, batch))
         logits = getattr(output, "logits", None)
         found = metric.function(Measured(model, batch, output, logits if isinstance(logits, Tensor) else None, None))
-        found = found if isinstance(found, Tensor) else torch.as_tensor(found)
-        shape = tuple(found.shape)
-        if shape != (rows,) and not (rows == 1 and found.numel() == 1):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else None
+        if shape != (rows,) and not (rows == 1 and shape == ()):
+            what = f"losses of type {type(found).__name__}" if shape is None else f"losses of shape {shape}"
             expected = f"one for each of {rows} samples: ({rows},)"
-            raise SpecError(describe(f"loss {metric.name!r}", f"losses of shape {shape}", expected, "Do not reduce over samples."))
+            raise SpecError(describe(f"loss {metric.name!r}", what, expected, "Do not reduce over samples."))
         return found.reshape(rows)
 
     return run

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
@@ -24,7 +23,7 @@ class Interference:
     """What `heatmap` found. Heads are kv heads for K and V.
 
     hypotheses: (address, block, head) of each number. rows (hypothesis, sample of A), columns (hypothesis, sample of B): means
-    over the other task, float64. maps: (hypothesis, sample of A, sample of B) float32, or None where means alone were asked for.
+    over the other task, float64. maps: (hypothesis, sample of A, sample of B) float32; None if means alone were asked for.
     """
 
     def __init__(
@@ -100,7 +99,9 @@ class Interference:
 
     def __str__(self) -> str:
         about = self.about
-        head = f"{about['kernel']} of {about['a']!r} ({self.rows.shape[1]} samples) and {about['b']!r} ({self.columns.shape[1]})"
+        head = (
+            f"{about['kernel']} of {about['a']!r} ({self.rows.shape[1]} samples) and {about['b']!r} ({self.columns.shape[1]})"
+        )
         return f"{head}; largest means:\n{self.top().to_string(index=False, float_format=lambda x: f'{x:.4g}')}"
 
     __repr__ = __str__
@@ -155,8 +156,3 @@ def heatmap(
         rows, columns = maps.double().mean(2), maps.double().mean(1)
     about = {"kernel": kernel, "a": a.task, "b": b.task, "rho": rho, "is_unit": is_unit or chosen.is_unit, **a.about}
     return Interference(about, hypotheses, rows, columns, maps)
-
-
-def as_table(found: Interference, block: str) -> np.ndarray:
-    """(address, head) of one block."""
-    return found.by_head()[block].to_numpy()

@@ -72,7 +72,9 @@ class Part:
             if not isinstance(error, OSError | KeyError | ValueError | TypeError) and "Safetensor" not in type(error).__name__:
                 raise
             do = "Remove it, and collect again."
-            raise SpecError(describe(f"{str(path)!r}", f"a file of something else ({error})", "collected gradients", do)) from None
+            raise SpecError(
+                describe(f"{str(path)!r}", f"a file of something else ({error})", "collected gradients", do)
+            ) from None
         found.path = path
         return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from surgery.analysis.interference.factors import Block
+from surgery.analysis.interference.factors import Block, squared_norms
 from surgery.analysis.interference.fisher import Fisher, gradients_in, require_same
 from surgery.analysis.interference.gradients import Gradients
 from surgery.errors import SpecError, describe
@@ -83,7 +83,9 @@ class Walk:
                 wide = next(iter(factors.values()))[0][0].shape[-1]
                 rows = sum(len(task) for task in self.every)
                 step = max(1, min(wide, int(self.memory_mib * 2**20 / (4 * COPIES * rows * block.narrow))))
-                buffers = {id(t): torch.empty(len(t), step * block.narrow, device=factors[id(t)][0][0].device) for t in self.every}
+                buffers = {
+                    id(t): torch.empty(len(t), step * block.narrow, device=factors[id(t)][0][0].device) for t in self.every
+                }
                 for head in range(block.heads):
                     for start in range(0, wide, step):
                         yield self._stretch(block, head, start, min(start + step, wide), factors, buffers, more)
@@ -102,7 +104,9 @@ class Walk:
                 torch.bmm(side[..., start:stop].mT, part, out=found[row : row + len(side)])
                 row += len(side)
             formed[id(task)] = found.view(len(task), size)
-        return Stretch(block, head, [formed[id(task)] for task in self.tasks], self._reference(block, head, start, stop, formed, more))
+        return Stretch(
+            block, head, [formed[id(task)] for task in self.tasks], self._reference(block, head, start, stop, formed, more)
+        )
 
     def _reference(self, block: Block, head: int, start: int, stop: int, formed: dict[int, Tensor], more: float) -> Tensor:
         any_formed = next(iter(formed.values()))
@@ -122,8 +126,6 @@ class Walk:
         if self.fisher is not None:
             found = self.fisher.mean(block.key)
         else:
-            from surgery.analysis.interference.factors import squared_norms
-
             squares = sum(float(squared_norms(f).sum()) for task in self.pool for f in factors[id(task)])
             wide = factors[id(self.pool[0])][0][0].shape[-1]
             found = squares / (sum(len(task) for task in self.pool) * wide * block.narrow * block.heads)

@@ -1,0 +1,488 @@
+"""Interference between tasks: gradients of heads, Fisher references, kernels and maps, against slow obvious computations."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from surgery import Freeze, SpecError, patched
+from surgery.analysis import metrics
+from surgery.analysis.interference.fisher import Fisher
+from surgery.analysis.interference.gradients import Gradients, collect
+from surgery.analysis.interference.kernels import KERNELS
+from surgery.analysis.interference.maps import Interference, heatmap
+from surgery.analysis.metrics import Measured, loss
+from surgery.demo import load_model
+from surgery.patch import anatomy_of
+
+SAMPLES, LENGTH = 7, 9
+
+
+def tokens(count: int = SAMPLES, seed: int = 0, length: int = LENGTH) -> Tensor:
+    return torch.randint(1, 60, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def task(name: str, model: Any, ids: Tensor, **options: Any) -> Gradients:
+    """Of an encoder, what it says of every token; of others, of the next."""
+    inputs = {"input_ids": ids}
+    if name in ("bert", "roberta"):
+        inputs["labels"] = ids.flip(1)
+    elif name in ("t5", "bart"):
+        inputs |= {"decoder_input_ids": ids.flip(1)[:, :5], "labels": ids[:, :5].contiguous()}
+    return collect(model, inputs, progress=False, **options)
+
+
+def slow(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By weight, the gradient (sample, ...) of each sample's own loss: one backward for each."""
+    found: dict[str, list[Tensor]] = {}
+    for i in range(len(inputs["input_ids"])):
+        one = {name: tensor[i : i + 1] for name, tensor in inputs.items()}
+        model.zero_grad()
+        output = model(**one)
+        loss().function(Measured(model, one, output, output.logits, None)).sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found.setdefault(name, []).append(parameter.grad.clone())
+    model.zero_grad()
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def heads_of(model: Any, by_weight: dict[str, Tensor]) -> dict[tuple[str, str, int], Tensor]:
+    """(sample, d_in, channel) of Q, K, V, (sample, channel, d_model) of O."""
+    found = {}
+    for attention in anatomy_of(model):
+        for block in "QKVO":
+            projection = attention.projections[block.lower()]
+            module = model.get_submodule(projection.path)
+            gradient = by_weight[f"{projection.path}.weight"]
+            gradient = gradient if isinstance(module, Conv1D) else gradient.mT
+            for head, channels in enumerate(projection.channels):
+                part = gradient[:, channels] if block == "O" else gradient[:, :, channels]
+                found[attention.address, block, head] = part
+    return found
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "codegen", "llama", "falcon_grouped", "bloom", "bert", "phi3", "t5"])
+def test_factors_give_the_gradients_of_one_backward_for_each_sample(name: str) -> None:
+    model, ids = FAMILIES[name].build(), tokens(3)
+    found = task(name, model, ids)
+    inputs = {"input_ids": ids}
+    if name == "bert":
+        inputs["labels"] = ids.flip(1)
+    if name == "t5":
+        inputs |= {"decoder_input_ids": ids.flip(1)[:, :5], "labels": ids[:, :5].contiguous()}
+    expected = heads_of(model, slow(model, inputs))
+    assert found.hypotheses == list(expected)
+    largest = max(float(part.abs().max()) for part in expected.values())
+    for (address, block, head), gradients in expected.items():
+        for sample in range(3):
+            # Sums over positions in another order.
+            torch.testing.assert_close(
+                found.gradient(sample, address, block, head), gradients[sample], rtol=1e-4, atol=5e-5 * largest
+            )
+    norms = sum(part.double().square().sum((1, 2)) for part in expected.values())
+    torch.testing.assert_close(found.norms(), norms.sqrt(), rtol=1e-6, atol=0)
+
+
+def test_factors_are_those_of_torch_func() -> None:
+    model, ids = FAMILIES["llama"].build(), tokens(3)
+    model.set_attn_implementation("eager")
+    weights = dict(model.named_parameters())
+
+    def of(weights: Any, row: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, weights, (row[None],), {"use_cache": False}).logits[0]
+        return torch.nn.functional.cross_entropy(logits[:-1], row[1:])
+
+    by_weight = torch.func.vmap(torch.func.grad(of), (None, 0))({n: w.detach() for n, w in weights.items()}, ids)
+    found = task("llama", model, ids)
+    for (address, block, head), gradients in heads_of(model, by_weight).items():
+        for sample in range(3):
+            torch.testing.assert_close(found.gradient(sample, address, block, head), gradients[sample], rtol=1e-4, atol=1e-6)
+
+
+def test_fused_and_separate_storage_give_the_same() -> None:
+    """Phi-3 keeps Q, K and V in one matrix; the same numbers in Llama's three."""
+    fused = FAMILIES["phi3"].build(sliding_window=None)
+    c = fused.config
+    apart = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            max_position_embeddings=c.max_position_embeddings,
+            rms_norm_eps=c.rms_norm_eps,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    state = {}
+    q = c.num_attention_heads * (c.hidden_size // c.num_attention_heads)
+    kv = c.num_key_value_heads * (c.hidden_size // c.num_attention_heads)
+    for name, tensor in fused.state_dict().items():
+        if "qkv_proj" in name:
+            for part, rows in zip("qkv", tensor.split([q, kv, kv]), strict=True):
+                state[name.replace("qkv_proj", f"{part}_proj")] = rows
+        elif "gate_up_proj" in name:
+            for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                state[name.replace("gate_up_proj", f"{part}_proj")] = rows
+        else:
+            state[name] = tensor
+    apart.load_state_dict(state)
+    ids = tokens()
+    torch.testing.assert_close(fused(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-5)
+    maps = [heatmap(task("", m, ids[:3]), task("", m, ids[3:])) for m in (fused, apart)]
+    assert maps[0].hypotheses == maps[1].hypotheses
+    torch.testing.assert_close(maps[0].maps, maps[1].maps, rtol=2e-3, atol=1e-5)  # quotients of small numbers
+
+
+def test_nothing_is_left_behind() -> None:
+    model, ids = load_model(), tokens()
+    model.model.layers[0].requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    found = task("", model, ids)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    other = task("", load_model(), ids)
+    for address, block, head in found.hypotheses:  # frozen or not
+        assert torch.equal(found.gradient(1, address, block, head), other.gradient(1, address, block, head))
+    with torch.no_grad():
+        assert torch.equal(task("", model, ids).norms(), found.norms())
+
+
+def test_half_precision_sums_in_float32() -> None:
+    model, ids = load_model().bfloat16(), tokens(3)
+    found = task("", model, ids)
+    assert found.parts[0].factor("self.0.Q")[0].dtype is torch.bfloat16
+    assert found.gradient(0, "self.0", "Q", 0).dtype is torch.float32
+    maps = heatmap(found, found).maps
+    assert maps is not None and maps.dtype is torch.float32 and maps.isfinite().all()
+
+
+def test_padding_and_batches_change_nothing() -> None:
+    model, ids = FAMILIES["llama"].build(), tokens(4)
+    padded = torch.cat([ids, torch.ones(4, 3, dtype=torch.long)], 1)
+    inputs = {"input_ids": padded, "attention_mask": (torch.arange(LENGTH + 3) < LENGTH).long().repeat(4, 1)}
+    whole = task("", model, ids)
+    parts = collect(
+        model, [{name: tensor[rows] for name, tensor in inputs.items()} for rows in ([0], [1, 2, 3])], progress=False
+    )
+    torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-5, atol=0)
+    for sample, (address, block, head) in itertools.product(range(4), whole.hypotheses):
+        torch.testing.assert_close(
+            parts.gradient(sample, address, block, head), whole.gradient(sample, address, block, head), rtol=1e-3, atol=1e-6
+        )
+
+
+# -- kernels and maps ---------------------------------------------------------------------------------------------------
+
+
+def by_hand(a: Gradients, b: Gradients, kernel: str, is_unit: bool = False, rho: float = 1e-3) -> Tensor:
+    """(hypothesis, i, j) in float64, pair by pair from the formulas."""
+    lengths = [g.norms() if is_unit or kernel == "signed" else torch.ones(len(g)) for g in (a, b)]
+    found: dict[tuple[str, str, int], Tensor] = {}
+    for block in a.blocks.values():
+        parts = [
+            torch.stack(
+                [
+                    torch.stack([g.gradient(i, block.address, block.name, h).double() / n[i] for h in range(block.heads)])
+                    for i in range(len(g))
+                ]
+            )
+            for g, n in zip((a, b), lengths, strict=True)
+        ]
+        reference = torch.cat(parts).square().mean(0)
+        reference = reference + rho * reference.mean()
+        for h in range(block.heads):
+            table = torch.zeros(len(a), len(b), dtype=torch.float64)
+            for i, j in itertools.product(range(len(a)), range(len(b))):
+                gi, gj, f = parts[0][i, h], parts[1][j, h], reference[h]
+                table[i, j] = {
+                    "qkov": (gi.square() / f * gj.abs()).sum(),
+                    "whitened": (gi.square() / f * gj.abs() / f.sqrt()).sum(),
+                    "signed": -(gi * gj).sum(),
+                    "ewc": (gi.square() * gj.square()).sum(),
+                }[kernel]
+            found[block.address, block.name, h] = table
+    return torch.stack([found[hypothesis] for hypothesis in a.hypotheses])
+
+
+@pytest.mark.parametrize("is_unit", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_maps_are_those_of_the_slow_loop_over_pairs(kernel: str, is_unit: bool) -> None:
+    model, ids = FAMILIES["llama"].build(), tokens()
+    a, b = collect(model, [ids[:2], ids[2:3]], progress=False), task("", model, ids[3:])
+    expected = by_hand(a, b, kernel, is_unit)
+    for memory_mib in (64, 1e-3):  # whole heads; one row of a head's parameters at a time
+        found = heatmap(a, b, kernel=kernel, is_unit=is_unit, memory_mib=memory_mib)
+        assert found.maps is not None
+        # Sums of as many products in float32; those of the signed kernel cancel.
+        scale = expected.abs().amax((1, 2), keepdim=True)
+        assert ((found.maps - expected).abs() <= 2e-6 * scale + 1e-12).all()
+        means = heatmap(a, b, kernel=kernel, is_unit=is_unit, memory_mib=memory_mib, keep_maps=False)
+        torch.testing.assert_close(means.rows, expected.mean(2), rtol=1e-4, atol=1e-5 * float(scale.max()))
+        torch.testing.assert_close(means.columns, expected.mean(1), rtol=1e-4, atol=1e-5 * float(scale.max()))
+
+
+def test_heads_sum_to_the_whole_block() -> None:
+    """Additivity: with the block's own reference, the sum over heads (kv heads) is the sum over the weight's entries."""
+    model, ids = FAMILIES["llama"].build(), tokens()
+    a, b = task("", model, ids[:3]), task("", model, ids[3:])
+    found = heatmap(a, b)
+    by_weight = slow(model, {"input_ids": ids})
+    for attention in anatomy_of(model):
+        for block in "QKVO":
+            g = by_weight[f"{attention.projections[block.lower()].path}.weight"].double().flatten(1)
+            reference = g.square().mean(0)
+            expected = (g[:3].square() / (reference + 1e-3 * reference.mean())) @ g[3:].abs().mT
+            heads = [found.map(*h) for h in found.hypotheses if h[:2] == (attention.address, block)]
+            torch.testing.assert_close(sum(heads).double(), expected, rtol=1e-4, atol=0)
+
+
+def test_scaling_the_loss_scales_the_map() -> None:
+    model, ids = load_model(), tokens()
+    scaled = metrics.Metric("loss", "nats per token", lambda m: 4 * loss().function(m))
+    one = heatmap(task("", model, ids[:3]), task("", model, ids[3:]))
+    four = heatmap(task("", model, ids[:3], loss=scaled), task("", model, ids[3:], loss=scaled))
+    assert torch.equal(four.maps, 4 * one.maps), "powers of two round alike"
+    whitened = [
+        heatmap(task("", model, ids[:3], loss=f), task("", model, ids[3:], loss=f), kernel="whitened").maps
+        for f in (loss(), scaled)
+    ]
+    assert torch.equal(*whitened)
+
+
+def test_moving_scale_from_queries_to_keys() -> None:
+    model, ids = FAMILIES["llama"].build(), tokens()
+    before = heatmap(task("", model, ids[:3]), task("", model, ids[3:]))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(4)
+            layer.self_attn.k_proj.weight.div_(4)
+    after = heatmap(task("", model, ids[:3]), task("", model, ids[3:]))
+    factors = {"Q": 0.25, "K": 4.0, "V": 1.0, "O": 1.0}
+    for number, (_, block, _) in enumerate(before.hypotheses):
+        assert torch.equal(after.maps[number], before.maps[number] * factors[block])
+
+
+ZEROS = {"q": "K", "k": "Q", "v": "QKO", "o": "QKV"}
+
+
+@pytest.mark.parametrize("zero", [*ZEROS, "cut"])
+def test_a_zero_weight_or_cut_silences_what_hangs_on_it(zero: str) -> None:
+    model, ids = FAMILIES["gpt2"].build(), tokens()
+    attention = anatomy_of(model)["self.1"]
+    if zero == "cut":
+        with patched(model, Freeze("ov", [1], [2])):
+            found = heatmap(task("", model, ids[:3]), task("", model, ids[3:]))
+        silent = {("self.1", block, 2) for block in "QKVO"}
+    else:
+        projection = attention.projections[zero]
+        module, channels = model.get_submodule(projection.path), projection.channels[2]
+        with torch.no_grad():
+            if zero == "o":
+                module.weight[channels] = 0
+            else:
+                module.weight[:, channels] = 0
+                module.bias[channels] = 0
+        found = heatmap(task("", model, ids[:3]), task("", model, ids[3:]))
+        silent = {("self.1", block, 2) for block in ZEROS[zero]}
+    assert found.maps is not None
+    assert {h for h, m in zip(found.hypotheses, found.maps, strict=True) if not m.any()} == silent
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**16), st.floats(1e-4, 1.0))
+def test_any_gradients(n_a: int, n_b: int, seed: int, rho: float) -> None:
+    """Signs do not matter to the unsigned kernels; the signed one is symmetric; all follow the formulas."""
+    model = MODEL
+    a, b = task("", model, tokens(n_a, seed)), task("", model, tokens(n_b, seed + 1))
+    flipped = task("", model, tokens(n_a, seed), loss=metrics.Metric("loss", "", lambda m: -loss().function(m)))
+    for kernel in KERNELS:
+        found, there = heatmap(a, b, kernel=kernel, rho=rho), heatmap(flipped, b, kernel=kernel, rho=rho)
+        sign = -1 if kernel == "signed" else 1
+        assert torch.equal(there.maps, sign * found.maps)
+        torch.testing.assert_close(found.maps.double(), by_hand(a, b, kernel, rho=rho), rtol=1e-3, atol=1e-6)
+    signed = heatmap(a, b, kernel="signed").maps
+    torch.testing.assert_close(heatmap(b, a, kernel="signed").maps.mT, signed, rtol=1e-4, atol=1e-6)
+    total = sum(
+        torch.stack([a.gradient(0, *h).double().flatten() @ b.gradient(0, *h).double().flatten() for h in a.hypotheses])
+    )
+    assert float(signed[:, 0, 0].double().sum()) == pytest.approx(-float(total / a.norms()[0] / b.norms()[0]), abs=1e-5)
+
+
+MODEL = load_model()
+
+
+# -- the Fisher reference -----------------------------------------------------------------------------------------------
+
+
+def test_a_moving_average_does_not_depend_on_batches() -> None:
+    model, ids, beta = load_model(), tokens(), 0.8
+    whole = Fisher(beta).update(task("", model, ids))
+    parts = Fisher(beta)
+    for rows in ([0], [1, 2, 3], [4, 5], [6]):
+        parts.update(task("", model, ids[rows]))
+    gradients = task("", model, ids)
+    weights = torch.tensor([(1 - beta) * beta ** (SAMPLES - 1 - k) / (1 - beta**SAMPLES) for k in range(SAMPLES)])
+    assert float(weights.sum()) == pytest.approx(1)
+    for key, block in gradients.blocks.items():
+        for head in range(block.heads):
+            g = torch.stack([gradients.gradient(i, block.address, block.name, head) for i in range(SAMPLES)])
+            g = g.mT if block.name == "O" else g
+            expected = torch.einsum("n,npc->pc", weights.double(), g.double().square()).float()
+            for fisher in (whole, parts):
+                found = fisher.part(key, head, 0, len(expected))
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_a_kept_mean_is_the_pool_of_its_samples(tmp_path: Path) -> None:
+    model, ids = load_model(), tokens()
+    a, b = task("", model, ids[:3]), task("", model, ids[3:])
+    kept = Fisher().update(a).update(b)
+    assert kept.count == SAMPLES and "7 samples" in repr(kept)
+    pooled = heatmap(a, b)
+    for fisher in (kept, [a, b], task("", model, ids)):
+        torch.testing.assert_close(heatmap(a, b, fisher).maps, pooled.maps, rtol=1e-4, atol=0)
+    assert not torch.allclose(heatmap(a, b, a).maps, pooled.maps, rtol=1e-2)
+    kept.save(tmp_path / "fisher.safetensors")
+    again = Fisher.load(tmp_path / "fisher.safetensors")
+    assert torch.equal(heatmap(a, b, again).maps, heatmap(a, b, kept).maps)
+    with pytest.raises(SpecError, match="expected a Fisher reference"):
+        Fisher.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(SpecError, match="no samples yet"):
+        heatmap(a, b, Fisher())
+
+
+def test_with_its_own_mean_as_reference_the_map_says_nothing_of_a() -> None:
+    """The degeneracy that the documentation warns of: the mean over A is the L1 norm of g_j."""
+    model, ids = load_model(), tokens()
+    a, b = task("", model, ids[:3]), task("", model, ids[3:])
+    found = heatmap(a, b, fisher=a, rho=1e-25)
+    for number, hypothesis in enumerate(found.hypotheses):
+        for j in range(len(b)):
+            norm = float(b.gradient(j, *hypothesis).abs().sum())
+            assert float(found.columns[number, j]) == pytest.approx(norm, rel=1e-3)
+
+
+# -- keeping, resuming, refusing ----------------------------------------------------------------------------------------
+
+
+def test_maps_and_gradients_are_saved_and_loaded(tmp_path: Path) -> None:
+    model, ids = load_model(), tokens()
+    a, b = collect(model, [ids[:2], ids[2:3]], task="sums", progress=False), task("", model, ids[3:])
+    found = heatmap(a, b)
+    found.save(tmp_path / "map.safetensors")
+    again = Interference.load(tmp_path / "map.safetensors")
+    assert torch.equal(again.maps, found.maps) and again.hypotheses == found.hypotheses and again.about == found.about
+    assert again.to_frame().equals(found.to_frame()) and str(again) == str(found)
+    a.save(tmp_path / "a")
+    loaded = Gradients.load(tmp_path / "a", model)
+    assert loaded.task == "sums" and len(loaded) == 3 and "on disk" in repr(loaded)
+    assert torch.equal(heatmap(loaded, b).maps, found.maps)
+    with pytest.raises(SpecError, match=r"expected .*self\.0: GPT2Attention"):
+        Gradients.load(tmp_path / "a", FAMILIES["gpt2"].build())
+    with pytest.raises(SpecError, match="expected an interference map"):
+        Interference.load(tmp_path / "a" / "00000.safetensors")
+
+
+def test_a_collection_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = load_model(), tokens(6)
+    given = [ids[:2], ids[2:4], ids[4:]]
+    expected = collect(model, given, progress=False)
+    ran: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: ran.append(1))
+
+    def broken() -> Any:
+        yield from given[:2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("surgery.analysis.interference.gradients.batches", lambda model, data: [{"input_ids": g} for g in data])
+    count = 0
+    original = Gradients.__init__
+
+    import surgery.analysis.interference.gradients as module
+
+    collected = module._collected
+
+    def stopping(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return collected(*args)
+
+    monkeypatch.setattr(module, "_collected", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, given, task="x", resume=tmp_path / "x", progress=False)
+    assert len(ran) == 2 and original is Gradients.__init__
+    (tmp_path / "x" / ".00002.safetensors.123").write_bytes(b"half a file")
+    found = collect(model, given, task="x", resume=tmp_path / "x", progress=False)
+    handle.remove()
+    assert len(ran) == 3 and len(found) == 6 and torch.equal(found.norms(), expected.norms())
+    with pytest.raises(SpecError, match="task: 'x'; expected task: 'y'"):
+        collect(model, given, task="y", resume=tmp_path / "x", progress=False)
+    with pytest.raises(SpecError, match="found other data in batch 1"):
+        collect(model, [given[0], given[2], given[1]], task="x", resume=tmp_path / "x", progress=False)
+
+
+def test_what_cannot_be_collected_is_refused() -> None:
+    model, ids = load_model(), tokens(3)
+    with pytest.raises(SpecError, match="training mode"):
+        collect(load_model().train(), ids, progress=False)
+    checkpointing = load_model()
+    checkpointing.model.layers[1].gradient_checkpointing = True
+    with pytest.raises(SpecError, match="gradient checkpointing"):
+        collect(checkpointing, ids, progress=False)
+    labels = ids.clone()
+    labels[1] = -100
+    with pytest.raises(SpecError, match="samples 1 of a batch of 3: found no loss"):
+        collect(model, {"input_ids": ids, "labels": labels}, progress=False)
+    with pytest.raises(SpecError, match=r"losses of shape \(\); expected one for each of 3 samples"):
+        collect(model, ids, loss=lambda output: output.logits.sum(), progress=False)
+    with pytest.raises(SpecError, match="losses of type float"):
+        collect(model, ids, loss=lambda output: 1.0, progress=False)
+    with pytest.raises(SpecError, match="samples 0, 1, 2"):
+        collect(model, ids, loss=lambda output: 0 * output.logits.sum((1, 2)), progress=False)
+    a, b = task("", model, ids), task("", FAMILIES["gpt2"].build(), ids)
+    with pytest.raises(SpecError, match="Collect all tasks on one model"):
+        heatmap(a, b)
+    other = task("", model, ids, loss=metrics.Metric("other", "", loss().function))
+    with pytest.raises(SpecError, match="loss: "):
+        heatmap(a, other)
+    with pytest.raises(SpecError, match="the same blocks of all"):
+        heatmap(a, task("", model, ids, layers=[0]))
+    with pytest.raises(SpecError, match="Did you mean 'signed'"):
+        heatmap(a, a, kernel="sigend")
+    with pytest.raises(SpecError, match="expected a Fisher, Gradients"):
+        heatmap(a, a, fisher=3)
+    with pytest.raises(SpecError, match="positive numbers"):
+        heatmap(a, a, rho=0)
+    with pytest.raises(SpecError, match="found means alone"):
+        heatmap(a, a, keep_maps=False).map("self.0", "Q", 0)
+    found = heatmap(a, a)
+    with pytest.raises(SpecError, match=r"found self\.7 Q head 0"):
+        found.map("self.7", "Q", 0)
+    assert found.sample_pair(0, 1, "self.0", 1) == {b: float(found.map("self.0", b, 1)[0, 1]) for b in "QKVO"}
+    assert found.by_head()["Q"].shape == (2, 4) and found.by_head()["K"].shape[0] == 2
+    assert found.top(3)["mean"].is_monotonic_decreasing and "<table" in found._repr_html_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        heatmap(a, a)
