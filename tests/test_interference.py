@@ -95,7 +95,7 @@ def test_factors_give_the_gradients_of_one_backward_for_each_sample(name: str) -
                 found.gradient(sample, address, block, head), gradients[sample], rtol=1e-4, atol=5e-5 * largest
             )
     norms = sum(part.double().square().sum((1, 2)) for part in expected.values())
-    torch.testing.assert_close(found.norms(), norms.sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.norms(), norms.sqrt(), rtol=5e-5, atol=0)
 
 
 def test_factors_are_those_of_torch_func() -> None:
