@@ -22,6 +22,7 @@ from surgery.analysis.interference.fisher import Fisher
 from surgery.analysis.interference.gradients import Gradients, collect
 from surgery.analysis.interference.kernels import KERNELS
 from surgery.analysis.interference.maps import Interference, heatmap
+from surgery.analysis.interference.scores import sample_scores
 from surgery.analysis.metrics import Measured, loss
 from surgery.demo import load_model
 from surgery.patch import anatomy_of
@@ -486,3 +487,25 @@ def test_what_cannot_be_collected_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         heatmap(a, a)
+
+
+def test_scores_of_samples_are_means_of_maps() -> None:
+    model = load_model()
+    a, b, n = (task("", model, tokens(count, seed)) for count, seed in ((3, 0), (4, 1), (5, 2)))
+    for kernel in KERNELS:
+        hypotheses, found = sample_scores(a, b, n, kernel=kernel)
+        options: dict[str, Any] = {"kernel": kernel, "is_unit": True, "fisher": [a, b, n]}
+        if kernel in ("qkov", "whitened"):  # their pool, of samples of length one
+            pooled = heatmap(a, b, **options)
+            assert hypotheses == pooled.hypotheses
+        expected = {
+            "rows_a": heatmap(a, b, **options).rows,
+            "columns_b": heatmap(a, b, **options).columns,
+            "rows_n": heatmap(n, b, **options).rows,
+            "columns_n": heatmap(a, n, **options).columns,
+        }
+        assert sorted(found) == sorted(expected)
+        for name, scores in found.items():
+            scale = float(expected[name].abs().max())
+            torch.testing.assert_close(torch.tensor(scores).mT, expected[name], rtol=1e-4, atol=1e-5 * scale)
+    assert sorted(sample_scores(a, b, None, kernel="signed")[1]) == ["columns_b", "rows_a"]

@@ -58,7 +58,7 @@ ORDER = [
     "surgery.analysis.interference.store", "surgery.analysis.interference.factors",
     "surgery.analysis.interference.gradients", "surgery.analysis.interference.fisher",
     "surgery.analysis.interference.kernels", "surgery.analysis.interference.walk",
-    "surgery.analysis.interference.maps", "surgery.analysis.interference",
+    "surgery.analysis.interference.maps", "surgery.analysis.interference.scores", "surgery.analysis.interference",
     "surgery.analysis.public", "surgery.analysis",                                                        # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",

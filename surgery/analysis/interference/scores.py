@@ -1,0 +1,57 @@
+"""Scores of single samples for tests: how much each meets the other task, beside the samples of a control task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery.analysis.interference.gradients import Gradients
+from surgery.analysis.interference.kernels import kernel_of
+from surgery.analysis.interference.walk import MEMORY_MIB, RHO, Walk
+
+
+def sample_scores(
+    a: Gradients,
+    b: Gradients,
+    control: Gradients | None,
+    fisher: Any = None,
+    kernel: str = "qkov",
+    *,
+    rho: float = RHO,
+    memory_mib: float = MEMORY_MIB,
+    progress: bool = False,
+) -> tuple[list[tuple[str, str, int]], dict[str, np.ndarray]]:
+    """Hypotheses, and by name (sample, hypothesis) float64 means over the other task; of samples of length one.
+
+    "rows_a", "rows_n": of samples of A and of the control as the disturbed ones, over B. "columns_b", "columns_n": of
+    samples of B and of the control as the disturbing ones, over A. Without a control only "rows_a" and "columns_b".
+    fisher=None pools all samples: a reference that knew A and B, but not the control, would tell the control from them.
+    """
+    chosen = kernel_of(kernel)
+    tasks = [a, b] if control is None else [a, b, control]
+    walk = Walk(
+        tasks,
+        fisher,
+        rho=rho,
+        is_unit=True,
+        needs_fisher=chosen.needs_fisher,
+        memory_mib=memory_mib,
+        progress=progress,
+    )
+    numbers = {hypothesis: number for number, hypothesis in enumerate(walk.hypotheses)}
+    sizes = {"rows_a": len(a), "columns_b": len(b)} | (
+        {} if control is None else dict.fromkeys(("rows_n", "columns_n"), len(control))
+    )
+    found = {name: torch.zeros(size, len(numbers), dtype=torch.float64) for name, size in sizes.items()}
+    for stretch in walk:
+        number = numbers[stretch.block.address, stretch.block.name, stretch.head]
+        left, right = chosen.left(stretch.gradients[0], stretch.fisher), chosen.right(stretch.gradients[1], stretch.fisher)
+        mean_left, mean_right = left.mean(0), right.mean(0)
+        found["rows_a"][:, number] += (left @ mean_right).cpu()
+        found["columns_b"][:, number] += (right @ mean_left).cpu()
+        if control is not None:
+            found["rows_n"][:, number] += (chosen.left(stretch.gradients[2], stretch.fisher) @ mean_right).cpu()
+            found["columns_n"][:, number] += (chosen.right(stretch.gradients[2], stretch.fisher) @ mean_left).cpu()
+    return walk.hypotheses, {name: scores.numpy() for name, scores in found.items()}
