@@ -58,6 +58,9 @@ ORDER = [
     "surgery.analysis.interference.store", "surgery.analysis.interference.factors",
     "surgery.analysis.interference.gradients", "surgery.analysis.interference.fisher",
     "surgery.analysis.interference.kernels", "surgery.analysis.interference.walk",
+    "surgery.analysis.interference.randomised", "surgery.analysis.interference.checks",
+    "surgery.analysis.interference.sizes", "surgery.analysis.interference.tested", "surgery.analysis.interference.intervals",
+    "surgery.analysis.interference.signed", "surgery.analysis.interference.statistics",
     "surgery.analysis.interference.maps", "surgery.analysis.interference.scores", "surgery.analysis.interference",
     "surgery.analysis.public", "surgery.analysis",                                                        # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",

@@ -1,1 +1,1 @@
-"""Which heads does learning one task disturb for another, and in which of Q, K, V and O? See `surgery.analysis`."""
+"""Fisher interference: which heads, and which of their blocks Q, K, V, O, learning one task disturbs for another."""

@@ -1,0 +1,124 @@
+"""What is wrong with scores and options of a test, in words; and whether a test can find anything at all."""
+
+from __future__ import annotations
+
+import warnings
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from surgery.analysis.interference.randomised import Draws
+from surgery.errors import SpecError, describe
+
+FEWEST = 2
+
+RESULTS = {f"{what}_{way}" for what in ("effect", "g", "delta", "p") for way in ("row", "col")} | {
+    "p_both",
+    "p",
+    "p_fdr",
+    "p_maxt",
+}
+"""Columns that a test makes."""
+
+
+def as_scores(given: Any) -> np.ndarray:
+    """In float64; nothing is an array without samples."""
+    return np.empty((0, 0)) if given is None else np.asarray(given, dtype=np.float64)
+
+
+def wrong_arrays(arrays: dict[str, np.ndarray], hypotheses: int) -> list[str]:
+    """Shapes, numbers of samples, and scores that are no numbers. No control (..._n) is said elsewhere."""
+    problems = []
+    if hypotheses == 0:
+        do = "Score at least one head and block."
+        problems.append(describe("blocks", "no hypotheses", "a block for each hypothesis", do))
+    for name, array in arrays.items():
+        if array.size == 0 and name.endswith("_n"):
+            continue
+        if array.ndim != 2 or array.shape[1] != hypotheses:
+            do = "Pass means of the map over the other task's samples, and the block of each of its hypotheses."
+            problems.append(describe(name, f"shape {array.shape}", f"(sample, {hypotheses:,}), as blocks say", do))
+        elif len(array) < FEWEST:
+            do = "Collect more; about 20 make a test that finds something."
+            problems.append(describe(name, f"{len(array)} samples", f"at least {FEWEST}", do))
+        elif bad := int((~np.isfinite(array)).sum()):
+            first = tuple(map(int, np.argwhere(~np.isfinite(array))[0]))
+            found = f"{bad:,} of {array.size:,} scores NaN or infinite, the first of sample {first[0]}, hypothesis {first[1]}"
+            problems.append(describe(name, found, "numbers", "Leave out samples without a gradient (no loss tokens), and NaN."))
+    return problems
+
+
+def wrong_options(n_permutations: int | None, alpha: float, memory_mib: float, seed: int) -> list[str]:
+    """Options outside their range."""
+    problems = []
+    if n_permutations is not None and n_permutations < 1:
+        problems.append(describe("n_permutations", f"{n_permutations}", "at least 1", "Leave it out for 2 m / alpha."))
+    if not 0 < alpha < 1:
+        problems.append(describe("alpha", f"{alpha}", "a number between 0 and 1", "Try 0.05."))
+    if not memory_mib > 0:
+        problems.append(describe("memory_mib", f"{memory_mib}", "more than 0", "Leave it out for 64."))
+    if seed < 0:
+        problems.append(describe("seed", f"{seed}", "0 or more", "Leave it out for 0."))
+    return problems
+
+
+def wrong_hypotheses(given: pd.DataFrame | None, blocks: np.ndarray) -> list[str]:
+    """A frame that does not go with the blocks, or would have a column twice."""
+    if given is None:
+        return []
+    problems = []
+    if len(given) != len(blocks):
+        found, expected = f"{len(given):,} rows", f"{len(blocks):,}, one for each column of the scores"
+        problems.append(describe("hypotheses", found, expected, "Pass the hypotheses of the scores."))
+    elif "block" in given and (other := np.asarray(given["block"].to_numpy() != blocks)).any():
+        do = "Pass both in the order of the scores' columns."
+        problems.append(describe("hypotheses", f"other blocks than `blocks` has: {numbers_of(other)}", "the same in both", do))
+    if taken := sorted(RESULTS & set(given.columns)):
+        found = f"columns {', '.join(taken)}"
+        problems.append(describe("hypotheses", found, "none that the result makes", "Leave them out, or rename them."))
+    return problems
+
+
+def empty_blocks(name: str, array: np.ndarray, blocks: np.ndarray, beside: dict[str, np.ndarray]) -> list[str]:
+    """Samples whose scores are all 0 in a block where other samples of the same test have some: their median is nowhere."""
+    problems = []
+    for block in np.unique(blocks.astype(str)):
+        heads = blocks == block
+        is_used = any((other[:, heads] > 0).any() for other in beside.values())
+        if is_used and (empty := np.asarray((array[:, heads] > 0).sum(axis=1) == 0)).any():
+            found = f"{int(empty.sum())} samples without any score above 0 in block {block}: {numbers_of(empty)}"
+            do = "Leave these samples out: a text of one token, for one, has no gradient in Q and K."
+            problems.append(describe(name, found, "a score above 0 at some head of each block", do))
+    return problems
+
+
+def check_reach(what: str, draws: dict[str, Draws], hypotheses: int, alpha: float) -> None:
+    """Raises SpecError where no p can reach alpha, warns where no single finding's p_fdr can."""
+    name, fewest = min(draws.items(), key=lambda item: item[1].count)
+    ways = fewest.count + (0 if fewest.exact else 1)
+    kind = "flips of signs" if what == "sign_flip_test" else "labelings"
+    of = f"p_{name} has {fewest.count:,} {kind} ({'all there are' if fewest.exact else 'n_permutations'})"
+    needed = ceil(2 * hypotheses / alpha)
+    do = "Collect more samples." if fewest.exact else f"Pass n_permutations={needed:,}, or leave it out."
+    if 1 / ways > alpha:
+        found = f"a smallest attainable p of {1 / ways:.3g}, as {of}"
+        raise SpecError(describe(what, found, f"one of at most alpha={alpha:g}", do))
+    if hypotheses / ways > alpha:
+        together = ceil(hypotheses / (alpha * ways))
+        found = f"a smallest p of {1 / ways:.3g} for {hypotheses:,} hypotheses, as {of}: p_fdr is at least"
+        found += (
+            f" {min(1.0, hypotheses / ways):.3g} for a single finding, and reaches {alpha:g} only if {together:,} have that p"
+        )
+        warnings.warn(describe(what, found, f"at least {needed:,} of them (2 m / alpha)", do), UserWarning, stacklevel=3)
+    elif not fewest.exact and fewest.count < needed:
+        found = f"{fewest.count:,} {kind} for {hypotheses:,} hypotheses: p_fdr is at least {hypotheses / ways:.3g}"
+        found += f" for a single finding, just below alpha={alpha:g}, and any permutation as high as the observed one ends it"
+        warnings.warn(describe(what, found, f"at least {needed:,} of them (2 m / alpha)", do), UserWarning, stacklevel=3)
+
+
+def numbers_of(which: np.ndarray, most: int = 8) -> str:
+    """Numbers of what is true, the first few of many."""
+    numbers = np.flatnonzero(which)
+    return ", ".join(map(str, numbers[:most])) + (f", ... ({len(numbers):,} in all)" if len(numbers) > most else "")
