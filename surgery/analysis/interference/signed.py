@@ -51,9 +51,9 @@ def sign_flip_test(
     orthogonal mean gradients, p_row rejects 34 % at a nominal 5 % if only A has one (40 samples each), and max(p_row, p_col) up
     to 12 % if both have: twice the variance that each sees, P(z > 1.645 / √2). Therefore p_both: the mean of the map over its
     error from both tasks' samples, √(s_row²/n_A + s_col²/n_B), against the same of deviations from that mean with their signs
-    flipped, of both tasks at once. Its null hypothesis is that the tasks' mean gradients do not oppose each other, of which
-    new samples of both would tell the same. It holds its level approximately: 2 to 6 % in simulations of 10 to 40 samples where
-    means are shared, 1 % where none is (the variance of chance meeting chance is counted twice).
+    flipped, of both tasks at once. Its null hypothesis is of the tasks, not of these samples: their mean gradients do
+    not oppose each other. It holds its level approximately: 2 to 6 % in simulations of 10 to 40 samples where means are shared,
+    1 % where none is (the variance of chance meeting chance is counted twice).
 
     p = max(p_row, p_col, p_both). p_maxt: of p_both against the largest of all hypotheses, and no less than p. effect: mean of
     the scores; g: it over their standard deviation, unbiased (Hedges); delta: P(positive) − P(negative).
