@@ -49,9 +49,7 @@ def measure(s: Settings) -> Iterator[Row]:
         for seed in (s.seed, s.seed + 1)
     )
     hypotheses = [h for h in a.hypotheses if h[2] < s.compared]
-    kept = {
-        h: [torch.stack([g.gradient(i, *h).flatten() for i in range(len(g))]) for g in (a, b)] for h in hypotheses
-    }
+    kept = {h: [torch.stack([g.gradient(i, *h).flatten() for i in range(len(g))]) for g in (a, b)] for h in hypotheses}
     references = {h: torch.cat(both).square().mean(0) for h, both in kept.items()}
     blocks = {h[1]: [k for k in a.hypotheses if k[1] == h[1]] for h in hypotheses}
     whole = {name: torch.cat([_gradients(a, b, h) for h in members], 1).square().mean() for name, members in blocks.items()}
