@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import save_file
 from test_commands import invoke
 from worded import write_worded
 
+from surgery.demo import load_model
 from surgery.demo.data import repeated_sequences
 
 
@@ -67,3 +70,15 @@ def test_texts_files_and_selections(model: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(model: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     result = invoke("ablate", model, "--out", tmp_path / "out", *arguments)
     assert result.exit_code == code and message in " ".join(result.stderr.split()) and result.stdout == ""
+
+
+def test_another_model_is_not_given_the_table_of_the_first(model: Path, tmp_path: Path) -> None:
+    chosen = ("--out", tmp_path / "out", "--rows", 2, "--circuits", "ov", "--layers", "1")
+    data(model, *chosen)
+    other = load_model()
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(0.5)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(model / "tokenizer.json", tmp_path / "other")
+    result = invoke("ablate", tmp_path / "other", *chosen)
+    assert result.exit_code == 1 and "another study (weights" in " ".join(result.stderr.split()) and result.stdout == ""

@@ -22,7 +22,7 @@ from torch import Tensor
 from surgery import Freeze, NoMatchError, SpecError, collect_reference, patch_model, patched
 from surgery.analysis import metrics
 from surgery.analysis.ablation import Study, ablation_study, cumulative_ablation
-from surgery.analysis.journal import Journal
+from surgery.analysis.journal import Journal, digest
 from surgery.analysis.statistics import corrected, paired
 from surgery.demo import load_model
 from surgery.demo.data import repeated_sequences
@@ -138,7 +138,7 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path: Path, study: Study) -
         file.write('{"key": "1/qk self.0.')  # cut off by the kill
     done = len(path.read_text(encoding="utf-8").splitlines()) - 2
     again = ablation_study(model, [IDS[:4], IDS[4:]], **options)
-    assert done == 29 and len(seen) == 30 + (2 * 25 - 29)
+    assert done == 29 and len(seen) == 30 + (2 * 25 - 29) + 2, "what is without cuts is measured again, batch by batch"
     fresh = ablation_study(model, [IDS[:4], IDS[4:]], **{**options, "resume": None})
     np.testing.assert_allclose(again.examples, fresh.examples, rtol=1e-4)
     third = ablation_study(model, [IDS[:4], IDS[4:]], **options)
@@ -154,6 +154,41 @@ def test_results_of_another_study_are_refused(tmp_path: Path, change: dict[str, 
     ablation_study(load_model(), **options)
     with pytest.raises(SpecError, match=f"another study.*{message}"):
         ablation_study(load_model(), **{**options, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: {"model": patch_model(load_model(), Freeze("ov", layers=[0], heads=[2]))}, "cuts of the model"),
+        (lambda: {"model": _nudged(load_model())}, "weights"),
+        (lambda: {"metrics": metrics.logit_difference(3, 5)}, "results without cuts"),
+        (lambda: {"metrics": metrics.logit_difference(3, 4, position=2)}, "metrics"),
+    ],
+)
+def test_results_that_only_look_alike_are_refused(tmp_path: Path, change: Callable[[], dict[str, Any]], message: str) -> None:
+    path, metric = tmp_path / "a", metrics.logit_difference(3, 4)
+    options = {"data": IDS, "circuits": "qk", "resume": path, "layers": [1], "metrics": metric, "progress": False}
+    first = ablation_study(load_model(), **options)
+    kept = path.read_bytes()
+    with pytest.raises(SpecError, match=f"another study.*{message}"):
+        ablation_study(**{"model": load_model(), **options, **change()})
+    assert path.read_bytes() == kept
+    assert ablation_study(load_model(), **options).frame.equals(first.frame), "the same study in another process"
+
+
+def test_a_digest_tells_every_bit_kind_and_shape() -> None:
+    x = torch.arange(6.0)
+    alike = [x, x.flip(0), x.view(2, 3), x.double(), x.bfloat16(), x + torch.tensor([0, 0, 1e-6, 0, 0, 0]), x[0], x.to("meta")]
+    assert len({digest([("w", one)]) for one in [*alike, "x", 1, None]}) == len(alike) + 3
+    assert digest([("w", x.view(2, 3).T)]) == digest([("w", x.view(2, 3).T.contiguous())]) != digest([("v", x)])
+
+
+def _nudged(model: Any) -> Any:
+    """One weight of the last layer, which the shape of nothing tells, and hardly a number of the output."""
+    with torch.no_grad():
+        weight = [weight for weight in model.parameters() if weight.dim() == 2][-1]
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+    return model
 
 
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:

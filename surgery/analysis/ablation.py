@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from surgery.analysis.batches import Batch, batches, rows_of
-from surgery.analysis.journal import Journal
+from surgery.analysis.batches import Batch, batches
+from surgery.analysis.journal import Journal, digest
 from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
 from surgery.analysis.sweep import Checked, Sweep
@@ -24,7 +21,7 @@ from surgery.analysis.tables import as_html, as_text
 from surgery.cuts import CIRCUITS
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
-from surgery.patch import anatomy_of
+from surgery.patch import anatomy_of, cuts_of
 from surgery.plots import effect_bars, head_maps, lines
 from surgery.plots.style import group_name, short, with_unit
 from surgery.spec import Freeze, Spec
@@ -194,20 +191,15 @@ def ablation_study(
     groups: heads to cut together, each a list of (address or layer, head), in place of one at a time. seeds: of noise and
       resampling, each a row of its own.
     resume: a file that results are appended to as they come; a study that was stopped goes on where it was, and one of another
-      model, other data or other cuts is refused.
+      model (other weights, or cuts of its own), other data, other cuts or other metrics is refused: what the metrics give
+      without cuts is measured each time and compared.
     tokens: the most in one forward, which bounds memory (see Sweep). fast=False: every forward whole and alone.
     Effects come with intervals and p-values over examples, not over positions, of which only the former are independent.
     Raises SpecError or NoMatchError for selections that do not fit, before anything runs.
     """
     reading, given = Reading(metrics), batches(model, data)
     cuts = _cuts(model, circuits, layers, heads, to, groups, reference, seeds, gqa)
-    about = {
-        "model": anatomy_of(model).fingerprint,
-        "data": _digest(given),
-        "metrics": [metric.name for metric in reading.metrics],
-        "cuts": hashlib.sha256("".join(f"{cut.key} {cut.spec.fingerprint()}" for cut in cuts).encode()).hexdigest(),
-    }
-    journal = Journal(resume, about)
+    journal = Journal(resume, {} if resume is None else _about(model, given, reading, cuts))
     notes: list[str] = []
     checked = Checked()
     with tqdm(total=len(cuts) * len(given), desc="cutting heads", unit="cut", disable=not progress) as bar:
@@ -243,11 +235,8 @@ def _measure(
     """Runs the cuts that one batch lacks."""
     pending = [cut for cut in cuts if f"{number}/{cut.key}" not in journal.found]
     bar.update(len(cuts) - len(pending))
-    if not pending and f"{number}/" in journal.found:
-        return
     sweep = Sweep(model, batch, reading.positions, tokens=tokens, fast=fast, checked=checked)
-    if f"{number}/" not in journal.found:
-        journal.add(f"{number}/", reading.read(model, batch, sweep.clean, sweep.clean).tolist())
+    journal.confirm(f"{number}/", reading.read(model, batch, sweep.clean, sweep.clean))
 
     def read(index: int, output: Any) -> None:
         journal.add(f"{number}/{pending[index].key}", reading.read(model, batch, output, sweep.clean).tolist())
@@ -320,13 +309,14 @@ def _frame(cuts: Sequence[Cut], reading: Reading, values: np.ndarray, baseline: 
     return frame
 
 
-def _digest(given: Sequence[Batch]) -> str:
-    """A hash of all tensors of the data."""
-    digest = hashlib.sha256()
-    for batch in given:
-        digest.update(str(rows_of(batch)).encode())
-        for name, value in sorted(batch.items()):
-            is_tensor = isinstance(value, Tensor)
-            content = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(value).encode()
-            digest.update(name.encode() + content)
-    return digest.hexdigest()
+def _about(model: Any, given: Sequence[Batch], reading: Reading, cuts: Sequence[Cut]) -> dict[str, Any]:
+    """What must be the same for results to go together. Metrics of one name differ in what they give without cuts."""
+    base, _ = cuts_of(model)
+    return {
+        "model": anatomy_of(model).fingerprint,
+        "weights": digest([*model.named_parameters(), *model.named_buffers()]),
+        "cuts of the model": base.fingerprint(),
+        "data": digest((f"{n} {name}", batch[name]) for n, batch in enumerate(given) for name in sorted(batch)),
+        "metrics": [[metric.name, metric.positions] for metric in reading.metrics],
+        "cuts": digest((cut.key, cut.spec.fingerprint()) for cut in cuts),
+    }

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from surgery.errors import SpecError, describe
+
+CLOSE = 1e-3
+"""Largest difference of what is measured again, as a part of the largest of its numbers: other machines round otherwise."""
 
 
 class Journal:
@@ -35,6 +43,16 @@ class Journal:
         self.found[key] = result
         if self.path is not None:
             self._append({"key": key, "result": result})
+
+    def confirm(self, key: str, result: np.ndarray) -> None:
+        """Adds a result (.., example) that is measured in every run. Raises SpecError if the file has another one."""
+        if key not in self.found:
+            self.add(key, result.tolist())
+            return
+        known = np.array(self.found[key], dtype=np.float64)
+        largest = np.abs(np.nan_to_num(result)).max(-1, keepdims=True)
+        if known.shape != result.shape or not np.isclose(known, result, rtol=0, atol=CLOSE * largest, equal_nan=True).all():
+            raise self._refuse(f"another study (results without cuts: {_few(known)})", f"{_few(result)}, as they are now")
 
     def _read(self, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
@@ -64,3 +82,24 @@ class Journal:
 
     def _refuse(self, found: str, expected: str) -> SpecError:
         return SpecError(describe(f"resume={str(self.path)!r}", found, expected, "Name another file, or remove this one."))
+
+
+def digest(named: Iterable[tuple[str, Any]]) -> str:
+    """A hash of names and values, of tensors every byte (1 to 2 GB a second); of meta tensors, which hold none, the shape."""
+    found = hashlib.sha256()
+    for name, value in named:
+        if not isinstance(value, Tensor):
+            found.update(f"{name} {value!r};".encode())
+        elif hasattr(value, "__tensor_flatten__"):  # quantized weights hold tensors
+            parts, more = value.__tensor_flatten__()
+            found.update(f"{name} {digest((part, getattr(value, part)) for part in parts)} {more!r};".encode())
+        else:
+            found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            if not value.is_meta:
+                found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _few(numbers: np.ndarray) -> str:
+    shown = [f"{number:.6g}" for number in numbers.flat[:4]]
+    return ", ".join(shown) + (", ..." if numbers.size > len(shown) else "")
