@@ -20,7 +20,8 @@ class Paired:
     """Of differences d, one per example. effect: mean of d; size: mean / standard deviation of d (Cohen's d_z; 0 if all are 0).
 
     low, high: of the mean, by bootstrap over examples (bias-corrected and accelerated; Efron 1987).
-    size_low, size_high: of the size, likewise by percentiles.
+    size_low, size_high: of the size, likewise by percentiles; a resample of one difference alone is of infinite size, so that
+      few examples may leave the interval open.
     p: two-sided, by flipping signs of d (Fisher 1935), exact for few examples: under the null hypothesis that a cut moves
     examples either way alike. NaN for fewer than two examples.
     """
@@ -41,23 +42,29 @@ def paired(differences: np.ndarray, confidence: float = 0.95, resamples: int = R
     effect = float(d.mean())
     if len(d) < 2 or not np.isfinite(d).all():
         return Paired(effect, nan, nan, nan, nan, nan, nan)
-    if np.ptp(d) <= SAME * np.abs(d).max():  # the same everywhere: nothing to resample
-        size = 0.0 if effect == 0 else float(np.copysign(np.inf, effect))
-        return Paired(effect, size, effect, effect, size, size, 1.0 if effect == 0 else float(2.0 ** (1 - len(d))))
-    unit = float(np.abs(d).max())  # squares of the tiniest numbers are nothing
+    unit = float(np.abs(d).max()) or 1.0  # squares of the tiniest numbers are nothing
     d = d / unit
+    size = float(_sizes(d[None])[0])
+    if not d.any() or np.isinf(size):  # the same everywhere: nothing to resample
+        return Paired(effect, size, effect, effect, size, size, 1.0 if effect == 0 else float(2.0 ** (1 - len(d))))
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(d), size=(resamples, len(d)))
     samples = d[picks]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sizes = samples.mean(1) / samples.std(1, ddof=1)
     tails = ((1 - confidence) / 2, (1 + confidence) / 2)
-    size_low, size_high = np.nanquantile(np.where(np.isfinite(sizes), sizes, np.nan), tails)  # not of one example alone
+    size_low, size_high = np.quantile(_sizes(samples), tails, method="inverted_cdf")  # others would take inf - inf
     interval = stats.bootstrap((d,), np.mean, n_resamples=resamples, confidence_level=confidence, rng=rng).confidence_interval
     test = stats.permutation_test((d,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples, rng=rng)
-    size = float(d.mean() / d.std(ddof=1))
     low, high = float(interval.low) * unit, float(interval.high) * unit
     return Paired(effect, size, low, high, float(size_low), float(size_high), float(test.pvalue))
+
+
+def _sizes(samples: np.ndarray) -> np.ndarray:
+    """Mean / standard deviation of each of (sample, example): infinite, or 0 of nothing, where all are one number."""
+    mean, largest = samples.mean(1), np.abs(samples).max(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sizes = mean / samples.std(1, ddof=1)
+    alike = np.where(mean == 0, 0.0, np.copysign(np.inf, mean))
+    return np.where(np.ptp(samples, axis=1) <= SAME * largest, alike, sizes)
 
 
 def corrected(p: np.ndarray) -> np.ndarray:
