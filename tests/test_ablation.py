@@ -23,6 +23,7 @@ from surgery import Freeze, NoMatchError, SpecError, collect_reference, patch_mo
 from surgery.analysis import metrics
 from surgery.analysis.ablation import Study, ablation_study, cumulative_ablation
 from surgery.analysis.journal import Journal, digest
+from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
 from surgery.demo import load_model
 from surgery.demo.data import repeated_sequences
@@ -99,6 +100,52 @@ def test_means_and_several_batches_and_kinds_of_models() -> None:
             progress=False,
         )
         assert (found.frame.effect.abs() > 0).all()
+
+
+def test_one_number_for_a_whole_batch_is_one_unit() -> None:
+    """However many examples it is of: repeated for each, they would agree perfectly and be p = 2^(1 - n)."""
+
+    def mean_logit(output: Any) -> Tensor:
+        return output.logits[..., 3].mean()
+
+    options: dict[str, Any] = dict(circuits="ov", layers=[1], metrics=[mean_logit, "loss"], progress=False)
+    one = ablation_study(load_model(), IDS, **options)
+    of = one.frame[one.frame.metric == "mean_logit"]
+    assert of[["p", "low", "high", "size", "p_fdr"]].isna().all(axis=None) and (of.effect != 0).all()
+    assert one.frame[one.frame.metric == "loss"].p.notna().all() and "note: mean_logit is one number" in str(one)
+    parts = [IDS[:3], IDS[3:6], IDS[6:]]
+    several = ablation_study(load_model(), parts, **options)
+    for row, values in zip(several.frame[::2].itertuples(), several.examples[:, 0], strict=True):
+        differences = (values - several.baseline[0])[[0, 3, 6]]
+        assert row.effect == differences.mean() and row.p == paired(differences).p >= 0.25
+        assert row.value - row.baseline == pytest.approx(row.effect)
+    assert several.notes == [
+        "mean_logit is one number for a whole batch, not one for each example: intervals and p are over 3 batches"
+    ]
+
+
+def test_an_example_without_a_number_is_named() -> None:
+    ids = {"input_ids": IDS[:4], "labels": IDS[:4].clone()}
+    ids["labels"][2] = -100  # nothing to predict: the mean of nothing
+    found = ablation_study(load_model(), ids, "ov", layers=[1], heads=[0, 1], metrics=["loss", "kl"], progress=False)
+    assert found.frame[found.frame.metric == "loss"].effect.isna().all()
+    assert found.frame[found.frame.metric == "KL"].effect.notna().all()
+    [note] = found.notes
+    assert "loss is not a finite number in example 2 (from 0), without cuts: 2 of 2 cuts" in note and note in str(found)
+
+
+def test_metrics_of_one_name_are_kept_apart() -> None:
+    pairs = [metrics.logit_difference(1, 2), metrics.logit_difference(3, 4)]
+    options: dict[str, Any] = dict(circuits="ov", layers=[1], progress=False)
+    both = ablation_study(load_model(), IDS, metrics=[*pairs, "loss"], **options)
+    assert both.frame.metric.unique().tolist() == ["logit difference", "logit difference 2", "loss"]
+    for name, one in zip(["logit difference", "logit difference 2"], pairs, strict=True):
+        alone = ablation_study(load_model(), IDS, metrics=one, **options)
+        np.testing.assert_allclose(both.matrix("ov", name), alone.matrix("ov"), rtol=1e-4, atol=1e-6)
+        mine = both.frame[both.frame.metric == name]
+        np.testing.assert_allclose(mine.p_fdr, corrected(mine.p.to_numpy()))
+    taken = [metrics.Metric(name, "", lambda m: m.logits) for name in ("a", "a 2", "a", "a")]
+    assert [metric.name for metric in Reading(taken).metrics] == ["a", "a 2", "a 3", "a 4"]
 
 
 def test_what_does_not_fit_is_said_before_anything_runs(tmp_path: Path) -> None:
@@ -241,6 +288,27 @@ def test_the_sign_flip_test_is_exact_for_few_examples() -> None:
     assert paired(np.array([1.0, -1.0])).p == 1.0
     assert paired(np.zeros(5)).p == 1.0 and paired(np.zeros(5)).size == 0
     assert np.isnan(paired(np.array([3.0])).p) and paired(np.array([3.0])).effect == 3.0
+
+
+def test_the_size_of_few_examples_is_not_sure() -> None:
+    """Half of the resamples of two are one difference alone, of infinite size; to drop them would leave a single number."""
+    two = paired(np.array([1.0, 2.0]))
+    assert two.size_low == two.size == pytest.approx(1.5 / np.sqrt(0.5)) and two.size_high == np.inf
+    assert paired(np.array([-1.0, -2.0])).size_low == -np.inf
+    third = paired(np.array([0.0, 0.0, 1.0]))
+    assert (third.size_low, third.size_high) == (0, np.inf), "8 of 27 resamples are nothing but zeros, 1 of 27 nothing but ones"
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [3.0, 3.5, 2.5, 3.25, 2.0]])
+def test_the_interval_of_the_size_is_that_of_all_resamples(values: list[float]) -> None:
+    """Of n differences there are n^n resamples, each as likely: their quantiles, with those of infinite size."""
+    picks = np.array(list(itertools.product(values, repeat=len(values))))
+    spread = picks.std(1, ddof=1)
+    sizes = np.where(spread < 1e-9, np.inf, picks.mean(1) / np.where(spread < 1e-9, 1, spread))
+    found = paired(np.array(values), resamples=99999)
+    for tail, bound in ((0.025, found.size_low), (0.975, found.size_high)):
+        less, at_most = ((sizes < bound * (1 - 1e-9)).mean(), (sizes <= bound * (1 + 1e-9)).mean())  # sums round by their order
+        assert less - 2e-3 <= tail <= at_most + 2e-3, "four standard deviations of a share of 99,999"
 
 
 @pytest.mark.parametrize("rounding", [0.0, 2e-16, 1e-15])

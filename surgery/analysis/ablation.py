@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from surgery.analysis.batches import Batch, batches
+from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.journal import Journal, digest
 from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
@@ -61,7 +61,9 @@ class Study:
     difference), low and high (its confidence interval), size, size_low, size_high (see `surgery.analysis.statistics.Paired`),
     p, p_fdr (corrected over all rows of the same metric).
     examples: (cut, metric, example) values, with `baseline` (metric, example), for statistics of your own.
-    notes: where the sweep could not take its short cut.
+    A metric that gives one number for a whole batch has as many independent units as there are batches: means, interval and p
+    are over these. In `examples` its number stands at each example of the batch.
+    notes: such metrics, examples whose metric is not a finite number, and where the sweep could not take its short cut.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Study:
     def __str__(self) -> str:
         """The heads whose cuts change most."""
         head = f"{len(self.cuts)} cuts {self._to}, {self.examples.shape[-1]} examples; largest effects:"
-        return f"{head}\n{as_text(self._summary())}"
+        return "\n".join([head, as_text(self._summary()), *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         return as_html(self._summary())
@@ -187,7 +189,7 @@ def ablation_study(
     model: patched or not; cuts that it has stay, and belong to the baseline. data: see `surgery.analysis.batches.batches`; each
       row of a batch is an example. circuits: "qk", "ov", "both" (the whole head). layers, heads, to, reference, gqa: as in
       `Freeze`; "mean" without a reference is the mean over the batch at hand. metrics: of `surgery.analysis.metrics`, names of
-      METRICS, or callables of the output.
+      METRICS, or callables of the output; those of one name are numbered.
     groups: heads to cut together, each a list of (address or layer, head), in place of one at a time. seeds: of noise and
       resampling, each a row of its own.
     resume: a file that results are appended to as they come; a study that was stopped goes on where it was, and one of another
@@ -208,7 +210,9 @@ def ablation_study(
     results = [[journal.found[f"{n}/{cut.key}"] for n in range(len(given))] for cut in cuts]
     values = np.array([np.concatenate([np.array(part) for part in parts], axis=1) for parts in results])
     baseline = np.concatenate([np.array(journal.found[f"{n}/"]) for n in range(len(given))], axis=1)
-    return Study(_frame(cuts, reading, values, baseline, confidence), cuts, values, baseline, notes)
+    starts = np.cumsum([0, *map(rows_of, given[:-1])])
+    notes += [*_joint(reading, len(given)), *_unreadable(reading, cuts, values, baseline)]
+    return Study(_frame(cuts, reading, values, baseline, starts, confidence), cuts, values, baseline, notes)
 
 
 def cumulative_ablation(
@@ -284,11 +288,43 @@ def _by_address(group: Sequence[Head]) -> Iterable[tuple[str, list[int]]]:
     return found.items()
 
 
-def _frame(cuts: Sequence[Cut], reading: Reading, values: np.ndarray, baseline: np.ndarray, confidence: float) -> pd.DataFrame:
+def _joint(reading: Reading, count: int) -> list[str]:
+    """Notes on metrics of which there is one number for a whole batch."""
+    units = "of one batch there is no interval and no p" if count == 1 else f"intervals and p are over {count} batches"
+    names = [metric.name for metric in reading.metrics if metric.name in reading.joint]
+    return [f"{name} is one number for a whole batch, not one for each example: {units}" for name in names]
+
+
+def _unreadable(reading: Reading, cuts: Sequence[Cut], values: np.ndarray, baseline: np.ndarray) -> list[str]:
+    """Notes on examples of which a metric gives no finite number, so that rows have no effect."""
+    notes = []
+    for metric, measured, before in zip(reading.metrics, values.swapaxes(0, 1), baseline, strict=True):
+        lost = ~np.isfinite(measured) | ~np.isfinite(before)
+        if not lost.any():
+            continue
+        numbers = ", ".join(map(str, np.flatnonzero(lost.any(0))))
+        count = f"{int(lost.any(1).sum())} of {len(cuts)} cuts have no interval"
+        when = "without cuts" if not np.isfinite(before).all() else "under some cuts"
+        do = "leave them out of the data for numbers of the others"
+        notes.append(f"{metric.name} is not a finite number in example {numbers} (from 0), {when}: {count}; {do}")
+    return notes
+
+
+def _frame(
+    cuts: Sequence[Cut],
+    reading: Reading,
+    values: np.ndarray,
+    baseline: np.ndarray,
+    starts: np.ndarray,
+    confidence: float,
+) -> pd.DataFrame:
+    """starts: the first example of each batch, which stands for all of it where a metric is of the batch."""
     rows = []
     for cut, measured in zip(cuts, values, strict=True):
         is_single = len(cut.heads) == 1
         for metric, of, before in zip(reading.metrics, measured, baseline, strict=True):
+            if metric.name in reading.joint:
+                of, before = of[starts], before[starts]
             found = paired(of - before, confidence)
             rows.append(
                 {

@@ -46,14 +46,22 @@ class Metric:
 
     def __call__(self, measured: Measured) -> Tensor:
         """(batch,) in float64 on the CPU; a number for the whole batch stands for each example. Raises SpecError."""
+        return self.units(measured).expand(_rows(measured))
+
+    def units(self, measured: Measured) -> Tensor:
+        """The same as it was given: (batch,), or (1,) where one number is that of the whole batch."""
         found = self.function(measured)
         found = found if isinstance(found, Tensor) else torch.as_tensor(found)
-        rows = next(len(v) for v in measured.inputs.values() if isinstance(v, Tensor) and v.dim())
+        rows = _rows(measured)
         if found.dim() > 1 or (found.dim() == 1 and len(found) not in (1, rows)):
             expected = f"a number, or one for each of {rows} examples"
             do = "Reduce it to one number per example."
             raise SpecError(describe(f"metric {self.name!r}", f"a tensor of shape {tuple(found.shape)}", expected, do))
-        return found.detach().double().cpu().expand(rows)
+        return found.detach().double().cpu().reshape(-1)
+
+
+def _rows(measured: Measured) -> int:
+    return next(len(value) for value in measured.inputs.values() if isinstance(value, Tensor) and value.dim())
 
 
 def loss(positions: Sequence[int] | None = None) -> Metric:
