@@ -96,7 +96,7 @@ def digest(named: Iterable[tuple[str, Any]]) -> str:
         else:
             found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             if not value.is_meta:
-                found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
