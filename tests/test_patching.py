@@ -330,7 +330,12 @@ def test_labelled_arrays() -> None:
     assert array.to_frame().x.tolist() == [1.0, -3.0, 2.0] and array.top(1).iloc[0].tolist() == ["a", 4, -3.0]
     assert Labelled([[np.nan]], {"a": (1,), "b": (2,)}).to_frame().value.isna().tolist() == [True], "a metric may be NaN"
     assert "x (nats): 2 layers × 2 heads" in str(array)
-    for wrong in (lambda: array.at(layers="a"), lambda: array.at(layer="c"), lambda: Labelled([1.0], {"a": (1, 2)})):
+    for wrong in (
+        lambda: array.at(layers="a"),
+        lambda: array.at(layer="c"),
+        lambda: array.mean("nope"),
+        lambda: Labelled([1.0], {"a": (1, 2)}),
+    ):
         with pytest.raises(NoMatchError):
             wrong()
 

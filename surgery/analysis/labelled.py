@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,8 @@ class Labelled:
     def at(self, **labels: Any) -> Labelled:
         """The part at one label of each named axis, which then is gone. Raises NoMatchError for one that is not there."""
         values, present, axes = self.values, self.present, dict(self.axes)
+        self._check_axes("at", labels)
         for axis, label in labels.items():
-            if axis not in axes:
-                do = f"{closest(axis, self.axes)}Name one of these."
-                raise NoMatchError(describe("at", f"the axis {axis!r}", ", ".join(self.axes), do))
             if label not in axes[axis]:
                 known = ", ".join(map(repr, axes[axis]))
                 raise NoMatchError(describe("at", f"{axis}={label!r}", known, "Name one of these."))
@@ -70,12 +68,20 @@ class Labelled:
         return Labelled(values, axes, self.name, self.unit, present)
 
     def mean(self, *over: str) -> Labelled:
-        """The mean over some axes, of the entries that exist."""
+        """The mean over some axes, of the entries that exist. Raises NoMatchError for one that is not there."""
+        over = tuple(dict.fromkeys(over))
+        self._check_axes("mean", over)
         places = tuple(list(self.axes).index(axis) for axis in over)
         kept = {axis: labels for axis, labels in self.axes.items() if axis not in over}
         count = self.present.sum(axis=places)
         total = np.where(self.present, self.values, 0.0).sum(axis=places)
         return Labelled(total / np.maximum(count, 1), kept, self.name, self.unit, count > 0)
+
+    def _check_axes(self, what: str, named: Iterable[str]) -> None:
+        for axis in named:
+            if axis not in self.axes:
+                do = f"{closest(axis, self.axes)}Name one of these."
+                raise NoMatchError(describe(what, f"the axis {axis!r}", ", ".join(self.axes) or "none", do))
 
     def with_values(self, values: Any, name: str, unit: str) -> Labelled:
         """Other numbers for the same entries."""
