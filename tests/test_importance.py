@@ -550,6 +550,9 @@ def test_pictures_of_what_there_is_not_are_refused() -> None:
     exact = head_importance(model, clean, corrupted, METRIC, "ablation", heads=[0])
     with pytest.raises(SpecError, match="found scores that are exact themselves"):
         exact.against_exact()
+    for wrong in (lambda: exact.matrix("ov", column="nope"), lambda: exact.matrix("z"), lambda: exact.top(3, "z")):
+        with pytest.raises(SpecError, match=r"(matrix|top).*: found '(nope|z)'; expected"):
+            wrong()
     with pytest.raises(SpecError, match="found no exact changes"):
         head_importance(model, clean, corrupted, METRIC, "atp", heads=[0]).against_exact()
     with pytest.raises(SpecError, match="found no edges"):
@@ -793,7 +796,13 @@ def test_gates_leave_the_output_as_it_is() -> None:
         ({"layers": [7]}, NoMatchError, "self.0 to self.1"),
         ({"clean": [torch.ones(3, 9, dtype=torch.long)] * 2}, SpecError, "2 batches; expected one"),
         ({"method": "ig", "steps": 0}, SpecError, "at least 1 step"),
-        ({"method": "ig", "path": "head"}, SpecError, "path 'layer' or 'all'"),
+        ({"method": "ig", "path": "head"}, SpecError, "path: found .'head'.; expected of 'layer', 'all'"),
+        ({"path": "nope"}, SpecError, "path: found .'nope'.; expected of 'layer', 'all'"),
+        ({"circuits": []}, SpecError, "circuits"),
+        ({"verify_top": -1}, SpecError, "verify_top: found -1; expected a whole number from 0 on"),
+        ({"sample": -1}, SpecError, "sample: found -1"),
+        ({"clean": {}}, SpecError, "data: found a batch without tensors .empty.; expected at least one tensor"),
+        ({"edges": (1, 2)}, SpecError, r"edges: found \(1, 2\); expected True, or \(layer or address, head\) pairs"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

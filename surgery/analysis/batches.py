@@ -33,6 +33,9 @@ def _batch(model: Any, given: Any) -> Batch:
     if not isinstance(given, Mapping):
         found = f"a batch of type {type(given).__name__}"
         raise SpecError(describe("data", found, "a tensor or a mapping of inputs", "Pass {'input_ids': ids}."))
+    if not any(isinstance(value, Tensor) and value.dim() for value in given.values()):
+        found = f"a batch without tensors ({', '.join(map(str, given)) or 'empty'})"
+        raise SpecError(describe("data", found, "at least one tensor, whose rows are examples", "Pass {'input_ids': ids}."))
     device = runs_on(model)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
 

@@ -1,11 +1,13 @@
-"""The ends of a path: heads that send, and heads' inputs that receive."""
+"""Heads by name, as people give them; the ends of a path: heads that send, and heads' inputs that receive."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from surgery.anatomy import Anatomy
 from surgery.errors import NoMatchError, SpecError, describe
@@ -30,17 +32,35 @@ class Receiver:
         return " + ".join(f"{address} head {head} {what}" for address, head, what in self.inputs) or LOGITS
 
 
+def pairs_of(given: Any, what: str, others: str = "") -> list[tuple[str | int, int]]:
+    """(layer or address, head) pairs, numbers of numpy and whole floats, as frames have them, as int.
+
+    others: what might have been given instead, in words. Raises SpecError for anything else, and for none.
+    """
+    pairs = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not pairs or not all(map(_is_pair, pairs)):
+        expected, do = f"{others}(layer or address, head) pairs", "For example [(0, 3), ('self.1', 2)]."
+        raise SpecError(describe(what, repr(given), expected, do))
+    return [(address if isinstance(address, str) else int(address), int(head)) for address, head in pairs]
+
+
+def _is_pair(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        return False
+    address, head = value
+    return (isinstance(address, str) or _is_whole(address)) and _is_whole(head)
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int | np.integer) or (isinstance(number, float) and number.is_integer())
+
+
 def senders_of(senders: Any, anatomy: Anatomy) -> list[Head]:
     """Heads in the order of the model. Raises SpecError, or NoMatchError for heads that there are not."""
     if isinstance(senders, str) and senders == "all":
         return [(attention.address, head) for attention in anatomy for head in range(attention.heads)]
-    expected, do = "'all', or (layer or address, head) pairs", "For example [(0, 3), ('self.1', 2)]."
     given = [senders] if isinstance(senders, tuple) and len(senders) == 2 and isinstance(senders[1], int) else senders
-    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
-        raise SpecError(describe("senders", repr(senders), expected, do))
-    if not all(isinstance(one, Sequence) and not isinstance(one, str) and len(one) == 2 for one in given):
-        raise SpecError(describe("senders", repr(senders), expected, do))
-    found = [_head(address, head, anatomy, "senders") for address, head in given]
+    found = [_head(address, head, anatomy, "senders") for address, head in pairs_of(given, "senders", "'all', or ")]
     places = {attention.address: number for number, attention in enumerate(anatomy)}
     return sorted(dict.fromkeys(found), key=lambda one: (places[one[0]], one[1]))
 

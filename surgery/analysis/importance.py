@@ -18,8 +18,9 @@ from surgery.analysis.attribution import Scores, attribution
 from surgery.analysis.baselines import CIRCUIT_SITES, Baseline, Selection, baseline_of
 from surgery.analysis.batches import Batch, batches
 from surgery.analysis.edges import edge_scores
+from surgery.analysis.ends import pairs_of
 from surgery.analysis.exact import Node, exact_changes
-from surgery.analysis.integrated import integrated
+from surgery.analysis.integrated import PATHS, integrated
 from surgery.analysis.metrics import Metric
 from surgery.analysis.objective import Objective
 from surgery.analysis.tables import as_html, as_text
@@ -30,6 +31,8 @@ from surgery.plots import head_maps, heat_maps, importance_against_exact
 from surgery.plots.style import short, with_unit
 from surgery.spec import Freeze, Spec
 
+COLUMNS = ("score", "dropped", "magnitude", "exact")
+"""Numbers that a head has in a frame."""
 METHODS = ("ablation", "atp", "atp*", "ig")
 TITLES = {"qk": "QK: where it looks", "q": "q", "k": "k", "ov": "OV: what it moves", "v": "v"}
 ENDS = ("sender (layer.head)", "receiver (layer.head)")
@@ -64,17 +67,24 @@ class Importance:
         self.notes: list[str] = []
 
     def top(self, count: int = 10, circuit: str | None = None) -> pd.DataFrame:
-        """The rows of largest magnitude, of one circuit or of all."""
-        rows = self.frame if circuit is None else self.frame[self.frame.circuit == circuit]
+        """The rows of largest magnitude, of one circuit or of all. Raises SpecError for a circuit that was not scored."""
+        rows = self.frame if circuit is None else self._rows("top", circuit)
         return rows.sort_values("magnitude", ascending=False, kind="stable").head(count)
 
     def matrix(self, circuit: str, column: str = "score") -> pd.DataFrame:
-        """Layers (addresses) × heads of one circuit."""
+        """Layers (addresses) × heads of one circuit. column: of COLUMNS. Raises SpecError for what is not there."""
+        rows = self._rows("matrix", circuit)
+        if column not in COLUMNS:
+            do = closest(column, COLUMNS) or "Choose of these."
+            raise SpecError(describe("matrix: column", repr(column), ", ".join(map(repr, COLUMNS)), do))
+        return rows.pivot(index="address", columns="head", values=column).reindex(rows.address.unique())
+
+    def _rows(self, what: str, circuit: str) -> pd.DataFrame:
         rows = self.frame[self.frame.circuit == circuit]
         if rows.empty:
             do = f"Choose of {', '.join(map(repr, self.frame.circuit.unique()))}."
-            raise SpecError(describe("matrix", repr(circuit), "a circuit that was scored", do))
-        return rows.pivot(index="address", columns="head", values=column).reindex(rows.address.unique())
+            raise SpecError(describe(what, repr(circuit), "a circuit that was scored", do))
+        return rows
 
     def edge_matrix(self, name: str) -> pd.DataFrame:
         """Senders × receivers, (address, head) each, of edges into one input: "q", "k" or "v". NaN where there is no way."""
@@ -219,10 +229,15 @@ def head_importance(
     Raises SpecError or NoMatchError for what does not fit, before anything runs.
     """
     circuits = [circuits] if isinstance(circuits, str) else list(dict.fromkeys(circuits))
-    for what, names, known in (("method", [method], METHODS), ("circuits", circuits, tuple(CIRCUIT_SITES))):
-        if unknown := [name for name in names if name not in known]:
+    known_circuits = tuple(CIRCUIT_SITES)
+    for what, names, known in (("method", [method], METHODS), ("path", [path], PATHS), ("circuits", circuits, known_circuits)):
+        if unknown := [name for name in names if name not in known] or ([] if names else ["none"]):
             hint = closest(unknown[0], known) or "Choose of these."
             raise SpecError(describe(f"head_importance: {what}", f"{unknown}", f"of {', '.join(map(repr, known))}", hint))
+    for what, number in (("verify_top", verify_top), ("sample", sample)):
+        if not isinstance(number, int) or number < 0:
+            do = "0 verifies none, the number of rows all."
+            raise SpecError(describe(f"head_importance: {what}", repr(number), "a whole number from 0 on", do))
     inputs, others = _only_batch(model, clean, "clean"), None
     if corrupted is not None:
         others = _only_batch(model, corrupted, "corrupted")
@@ -230,7 +245,7 @@ def head_importance(
     cuts = base + as_spec(given)
     with patched(model, cuts, kernel=kernel, strict=False):
         chosen = _selection(model, layers, heads)
-        receivers = chosen if edges is True else _receivers(model, edges or ())
+        receivers = chosen if edges is True else _receivers(model, pairs_of(edges, "edges", "True, or ") if edges else ())
         objective = Objective(model, inputs, metric)
         sites = [CIRCUIT_SITES[circuit] for circuit in circuits] + [("z",)] * bool(edges)
         baseline = baseline_of(objective, to, others, chosen, list(dict.fromkeys(site for some in sites for site in some)))
