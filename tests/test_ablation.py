@@ -63,6 +63,13 @@ def test_the_heads_that_matter_are_found(study: Study) -> None:
     assert "self.1" in str(study) and "<table" in study._repr_html_() and r"\toprule" in study.to_latex()
     with pytest.raises(SpecError, match="expected a circuit that was studied"):
         study.matrix("z")
+    for ask in (study.top, lambda metric: study.matrix("both", metric), study.picture, study.bars, study.side_by_side):
+        with pytest.raises(SpecError, match=r"metric: found 'los'; expected 'loss', 'KL'\. Did you mean 'loss'"):
+            ask(metric="los")
+    with pytest.raises(SpecError, match="metric: found 'typo'"):
+        study.baseline_of("typo")
+    with pytest.raises(SpecError, match=r"column: found 'efect'.*Did you mean 'effect'"):
+        study.side_by_side(column="efect")
 
 
 def test_groups_and_growing_sets() -> None:
@@ -159,9 +166,16 @@ def test_what_does_not_fit_is_said_before_anything_runs(tmp_path: Path) -> None:
         ({"metrics": "losss"}, SpecError),
         ({"groups": [[(0, 9)]]}, SpecError),
         ({"to": "activation"}, SpecError),
+        ({"circuits": []}, SpecError),
+        ({"seeds": ()}, SpecError),
+        ({"metrics": []}, SpecError),
+        ({"groups": [(0, 1)]}, SpecError),
+        ({"groups": [[(0, 1.5)]]}, SpecError),
+        ({"confidence": 95}, SpecError),
+        ({"data": {}}, SpecError),
     ):
         with pytest.raises(error):
-            ablation_study(model, IDS, progress=False, resume=tmp_path / "j", **options)  # type: ignore[arg-type]
+            ablation_study(model, **{"data": IDS, "progress": False, "resume": tmp_path / "j", **options})  # type: ignore[arg-type]
     assert not ran and not (tmp_path / "j").exists()
 
 

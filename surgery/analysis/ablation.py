@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from surgery.analysis.batches import Batch, batches, rows_of
+from surgery.analysis.ends import Head, pairs_of
 from surgery.analysis.journal import Journal, digest
 from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
@@ -30,8 +31,8 @@ SHORT = 8
 """Letters of a group's heads that are named where a study is printed."""
 FROZEN = {"qk": "QK frozen", "ov": "OV frozen", "both": "both frozen"}
 
-Head = tuple[str, int]
-"""An address and a head's number."""
+COLUMNS = ("value", "baseline", "effect", "size", "low", "high", "size_low", "size_high", "p", "p_fdr")
+"""Numbers that a row of a study has."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,17 @@ class Study:
         return self.frame.to_latex(**{"index": False, "float_format": "%.3g", "escape": True, **options})
 
     def top(self, count: int = 10, metric: str | None = None) -> pd.DataFrame:
-        """The rows with the largest effects, either way, of one metric (the first)."""
-        rows = self.frame[self.frame.metric == (metric or self.frame.metric.iloc[0])]
+        """The rows with the largest effects, either way, of one metric (the first). Raises SpecError for another."""
+        rows = self._rows(metric)
         return rows.loc[rows.effect.abs().sort_values(ascending=False).index].head(count)
 
     def matrix(self, circuit: str, metric: str | None = None, column: str = "effect") -> pd.DataFrame:
-        """Layers (addresses) × heads of one circuit, the mean over seeds; of studies of single heads."""
-        rows = self.frame[(self.frame.circuit == circuit) & (self.frame.metric == (metric or self.frame.metric.iloc[0]))]
-        rows = rows[rows.heads == 1]
+        """Layers (addresses) × heads of one circuit, the mean over seeds; of studies of single heads.
+
+        column: of COLUMNS. Raises SpecError for a circuit, metric or column that there is not.
+        """
+        rows = self._rows(metric, column)
+        rows = rows[(rows.circuit == circuit) & (rows.heads == 1)]
         if rows.empty:
             do = f"Choose of {', '.join(map(repr, self.frame.circuit.unique()))}, and single heads."
             raise SpecError(describe("matrix", f"no single head cut at {circuit!r}", "a circuit that was studied", do))
@@ -108,8 +112,8 @@ class Study:
         return table.rename(columns=int)
 
     def side_by_side(self, metric: str | None = None, column: str = "effect") -> pd.DataFrame:
-        """A row for each head (or group), a column for each circuit: the mean over seeds."""
-        rows = self.frame[self.frame.metric == (metric or self.frame.metric.iloc[0])]
+        """A row for each head (or group), a column for each circuit: the mean over seeds. column: of COLUMNS."""
+        rows = self._rows(metric, column)
         index = ["address", "head"] if rows["head"].notna().all() else ["address"]
         return rows.pivot_table(index=index, columns="circuit", values=column, aggfunc="mean", sort=False)
 
@@ -118,9 +122,10 @@ class Study:
 
         `surgery.plots.save` writes it. Raises SpecError for a study of other groups: see `bars`.
         """
-        name = metric or self.frame.metric.iloc[0]
+        rows = self._rows(metric)
+        name = rows.metric.iloc[0]
         circuits = list(self.frame.circuit.unique())
-        label = with_unit(f"change of {name}", self.frame[self.frame.metric == name].unit.iloc[0])
+        label = with_unit(f"change of {name}", rows.unit.iloc[0])
         subtitle = f"{self.examples.shape[-1]} examples; {name} without cuts {self.baseline_of(name):.3g}"
         if (order := self._growing()) is not None:
             return self._curve(name, order, label, subtitle)
@@ -136,7 +141,7 @@ class Study:
     def bars(self, count: int = 12, metric: str | None = None) -> Figure:
         """The largest effects as bars with their confidence intervals, circuits side by side."""
         title = f"The largest effects of freezing heads {self._to}"
-        return effect_bars(self.frame, count=count, metric=metric, title=title)
+        return effect_bars(self._rows(metric), count=count, title=title)
 
     def _curve(self, metric: str, order: Sequence[Head], label: str, subtitle: str) -> Figure:
         """The effect of more and more heads with its confidence interval, a line for each circuit; means over seeds."""
@@ -161,8 +166,17 @@ class Study:
         return " or ".join(dict.fromkeys(f"to {f.to}" for cut in self.cuts for f in cut.spec if isinstance(f, Freeze)))
 
     def baseline_of(self, metric: str) -> float:
-        """The mean of a metric without cuts."""
-        return float(self.frame[self.frame.metric == metric].baseline.iloc[0])
+        """The mean of a metric without cuts. Raises SpecError for one that was not measured."""
+        return float(self._rows(metric).baseline.iloc[0])
+
+    def _rows(self, metric: str | None, column: str = "effect") -> pd.DataFrame:
+        """The rows of one metric, the first by default. Raises SpecError for one, or a column of numbers, that there is not."""
+        metric = self.frame.metric.iloc[0] if metric is None else metric
+        for what, name, known in (("metric", metric, self.frame.metric.unique()), ("column", column, COLUMNS)):
+            if name not in known:
+                do = closest(name, known) or "Choose of these."
+                raise SpecError(describe(what, repr(name), ", ".join(map(repr, known)), do))
+        return self.frame[self.frame.metric == metric]
 
 
 def ablation_study(
@@ -199,6 +213,9 @@ def ablation_study(
     Effects come with intervals and p-values over examples, not over positions, of which only the former are independent.
     Raises SpecError or NoMatchError for selections that do not fit, before anything runs.
     """
+    if not 0 < confidence < 1:
+        do = "For example 0.95 for intervals of 95 %."
+        raise SpecError(describe("ablation_study: confidence", repr(confidence), "a share between 0 and 1", do))
     reading, given = Reading(metrics), batches(model, data)
     cuts = _cuts(model, circuits, layers, heads, to, groups, reference, seeds, gqa)
     journal = Journal(resume, {} if resume is None else _about(model, given, reading, cuts))
@@ -251,11 +268,15 @@ def _measure(
 
 
 def _cuts(
-    model: Any, circuits: Any, layers: Any, heads: Any, to: str, groups: Any, reference: Any, seeds: Sequence[int], gqa: str
+    model: Any, circuits: Any, layers: Any, heads: Any, to: str, groups: Any, reference: Any, seeds: Any, gqa: str
 ) -> list[Cut]:
     """All cuts of a study in order. Raises SpecError for circuits that do not exist, NoMatchError for heads that do not."""
     anatomy = anatomy_of(model)
-    circuits = [circuits] if isinstance(circuits, str) else list(circuits)
+    circuits = [circuits] if isinstance(circuits, str) else list(dict.fromkeys(circuits))
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    for what, some, do in (("circuits", circuits, "Choose of 'qk', 'ov', 'both'."), ("seeds", seeds, "For example (0,).")):
+        if not some:
+            raise SpecError(describe(f"ablation_study: {what}", "none", "at least one", do))
     if unknown := [circuit for circuit in circuits if circuit not in CIRCUITS]:
         hint = "".join(closest(circuit, CIRCUITS) for circuit in unknown)
         raise SpecError(describe("circuits", f"{unknown}", f"of {', '.join(map(repr, CIRCUITS))}", hint or "Choose of these."))
@@ -266,10 +287,10 @@ def _cuts(
             [(a.address, int(head))] for a in chosen for head in (range(a.heads) if checked.heads == "all" else checked.heads)
         ]
     else:
-        sets = [[(anatomy[address].address, int(head)) for address, head in group] for group in groups]
-    if not sets or not all(sets):
-        do = "Name at least one (address, head) in each."
-        raise SpecError(describe("groups", f"{len(sets)} groups of heads, or an empty one", "heads to cut", do))
+        given = [pairs_of(group, "groups", "groups, each of ") for group in groups]
+        sets = [[(anatomy[address].address, head) for address, head in group] for group in given]
+    if not sets:
+        raise SpecError(describe("groups", "none", "heads to cut", "Name at least one (address, head)."))
     options = {"to": to, "gqa": gqa, "reference": reference}
     cuts = []
     for circuit in circuits:
