@@ -185,6 +185,15 @@ def test_several_batches_and_cuts_that_the_model_has() -> None:
         assert torch.equal(model(**pairs[0][0]).logits, before)
 
 
+def test_what_a_sweep_found_out_is_not_asked_again_in_the_next_batch() -> None:
+    model = FAMILIES["gpt2"].build()
+    pairs = [(inputs_of("gpt2", 0), inputs_of("gpt2", 1)), (inputs_of("gpt2", 2), inputs_of("gpt2", 3))]
+    both = activation_patching(model, *zip(*pairs, strict=True), last_logit, **QUIET)
+    each = [activation_patching(model, *inputs, last_logit, **QUIET) for inputs in pairs]
+    assert each[0].forwards == each[1].forwards and both.forwards < 2 * each[0].forwards - 0.5, "less the checks of a batch"
+    assert np.array_equal(both.examples["z"].values, np.concatenate([one.examples["z"].values for one in each], -1))
+
+
 def test_an_encoder_and_a_decoder_have_positions_of_their_own() -> None:
     family = FAMILIES["bart"]
     model, clean, corrupted = family.build(), family.inputs(seed=0), family.inputs(seed=1)

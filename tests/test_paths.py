@@ -226,6 +226,18 @@ def test_memory_is_bounded_by_tokens() -> None:
         np.testing.assert_allclose(few.examples[key].values, many.examples[key].values, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.parametrize("freeze_mlps", [False, True])
+def test_what_a_sweep_found_out_is_not_asked_again_in_the_next_batch(freeze_mlps: bool) -> None:
+    model, pairs = build("gpt2"), [pair("gpt2"), pair("gpt2")[::-1]]
+    options = {"senders": [(0, 1), (1, 2)], "receivers": ["logits", (2, 1, "k")], "freeze_mlps": freeze_mlps, **QUIET}
+    both = path_patching(model, *zip(*pairs, strict=True), last_logit, **options)
+    each = [path_patching(model, *inputs, last_logit, **options) for inputs in pairs]
+    assert each[0].forwards == each[1].forwards and both.forwards < 2 * each[0].forwards - 0.5, "less the checks of a batch"
+    for key in both.keys:
+        expected = np.concatenate([one.examples[key].values for one in each], -1)
+        np.testing.assert_array_equal(both.examples[key].values, expected)  # NaN where no head was asked for
+
+
 def test_nothing_goes_backwards() -> None:
     """A sender of the receiver's attention or of a later one has no path: the clean value to the last bit, without a run."""
     model, (clean, corrupted) = build("gpt2"), pair("gpt2")

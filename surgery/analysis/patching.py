@@ -17,6 +17,7 @@ from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
 from surgery.analysis.pairs import Observed, measured, observe, paired_batches, part, patch, replacement
 from surgery.analysis.reading import Reading
+from surgery.analysis.sweep import Checked
 from surgery.anatomy import Anatomy, Attention
 from surgery.cuts import GROUPED
 from surgery.errors import SpecError, closest, describe
@@ -96,7 +97,7 @@ def activation_patching(
     runs: dict[str, list[np.ndarray]] = {"clean": [], "corrupted": []}
     notes: list[str] = []
     forwards = 0.0
-    options = {"tokens": tokens, "fast": fast}
+    options = {"tokens": tokens, "fast": fast, "checked": Checked()}
     with tqdm(desc="patching", unit="patch", disable=not progress) as bar:
         for mine, theirs in paired_batches(model, clean, corrupted):
             pair = _observed(model, mine, theirs, reading, sites, layers, choice, direction, options)

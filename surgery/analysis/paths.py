@@ -23,7 +23,7 @@ from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
 from surgery.analysis.pairs import Observed, measured, paired_batches, patch, replacement
 from surgery.analysis.reading import Reading
-from surgery.analysis.sweep import Sweep
+from surgery.analysis.sweep import Checked, Sweep
 from surgery.anatomy import Anatomy
 from surgery.errors import NoMatchError, NotFiredWarning, SpecError, describe
 from surgery.patch import anatomy_of, probed
@@ -84,9 +84,10 @@ def path_patching(
     notes: list[str] = []
     ran: set[Head] = set()
     forwards = 0.0
+    options = {"tokens": tokens, "fast": fast, "checked": Checked()}
     with tqdm(desc="patching paths", unit="path", disable=not progress) as bar:
         for mine, theirs in paired_batches(model, clean, corrupted):
-            batch = _Paths(model, anatomy, reading, mine, theirs, to, seed, freeze_mlps, {"tokens": tokens, "fast": fast})
+            batch = _Paths(model, anatomy, reading, mine, theirs, to, seed, freeze_mlps, options)
             todo = batch.existing(chosen, senders == "all")
             bar.total = (bar.total or 0) + len(todo) * len(targets)
             parts.append(np.full((len(targets), len(chosen), batch.sweep.rows), np.nan))
