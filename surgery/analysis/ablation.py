@@ -202,8 +202,9 @@ def ablation_study(
 
     model: patched or not; cuts that it has stay, and belong to the baseline. data: see `surgery.analysis.batches.batches`; each
       row of a batch is an example. circuits: "qk", "ov", "both" (the whole head). layers, heads, to, reference, gqa: as in
-      `Freeze`; "mean" without a reference is the mean over the batch at hand. metrics: of `surgery.analysis.metrics`, names of
-      METRICS, or callables of the output; those of one name are numbered.
+      `Freeze`; "mean" without a reference is the mean over the batch as it is, padding included: where there is some, pass a
+      `reference` of `surgery.collect_reference`, which leaves it out. metrics: of `surgery.analysis.metrics`, names of METRICS,
+      or callables of the output; those of one name are numbered.
     groups: heads to cut together, each a list of (address or layer, head), in place of one at a time. seeds: of noise and
       resampling, each a row of its own.
     resume: a file that results are appended to as they come; a study that was stopped goes on where it was, and one of another
