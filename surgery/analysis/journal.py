@@ -50,7 +50,7 @@ class Journal:
             self.add(key, result.tolist())
             return
         known = np.array(self.found[key], dtype=np.float64)
-        largest = np.abs(np.nan_to_num(result)).max(-1, keepdims=True)
+        largest = np.abs(np.where(np.isfinite(result), result, 0)).max(-1, keepdims=True)
         if known.shape != result.shape or not np.isclose(known, result, rtol=0, atol=CLOSE * largest, equal_nan=True).all():
             raise self._refuse(f"another study (results without cuts: {_few(known)})", f"{_few(result)}, as they are now")
 
