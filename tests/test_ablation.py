@@ -170,6 +170,8 @@ def test_what_does_not_fit_is_said_before_anything_runs(tmp_path: Path) -> None:
         ({"seeds": ()}, SpecError),
         ({"metrics": []}, SpecError),
         ({"groups": [(0, 1)]}, SpecError),
+        ({"groups": 5}, SpecError),
+        ({"confidence": "95%"}, SpecError),
         ({"groups": [[(0, 1.5)]]}, SpecError),
         ({"confidence": 95}, SpecError),
         ({"data": {}}, SpecError),
@@ -261,6 +263,20 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
         assert path.read_text(encoding="utf-8") == text
     with pytest.raises(SpecError, match="another study"):
         Journal(_written(tmp_path, {"model": "a"}), {"model": "b"})
+
+
+def test_what_is_measured_again_may_round_otherwise_and_no_more(tmp_path: Path) -> None:
+    first = np.array([[2.0, 1e-3, np.nan], [1e-6, -np.inf, 0.0]])
+    Journal(tmp_path / "j", {}).confirm("0/", first)
+    near, kept = first * (1 + 1e-4), (tmp_path / "j").read_bytes()
+    near[0, 1] = 2e-3  # a small number among large ones
+    for again in (first, near):
+        Journal(tmp_path / "j", {}).confirm("0/", again)
+    far = [first * 1.01, np.nan_to_num(first), first[:1], first[:, ::-1], first + np.array([[0], [1e-8]])]
+    for other in far:
+        with pytest.raises(SpecError, match=r"another study \(results without cuts: 2, 0.001, nan, 1e-06, ...\); expected"):
+            Journal(tmp_path / "j", {}).confirm("0/", other)
+    assert (tmp_path / "j").read_bytes() == kept
 
 
 def _written(folder: Path, about: dict[str, Any]) -> Path:

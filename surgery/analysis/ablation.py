@@ -214,7 +214,7 @@ def ablation_study(
     Effects come with intervals and p-values over examples, not over positions, of which only the former are independent.
     Raises SpecError or NoMatchError for selections that do not fit, before anything runs.
     """
-    if not 0 < confidence < 1:
+    if not isinstance(confidence, float) or not 0 < confidence < 1:
         do = "For example 0.95 for intervals of 95 %."
         raise SpecError(describe("ablation_study: confidence", repr(confidence), "a share between 0 and 1", do))
     reading, given = Reading(metrics), batches(model, data)
@@ -288,7 +288,9 @@ def _cuts(
             [(a.address, int(head))] for a in chosen for head in (range(a.heads) if checked.heads == "all" else checked.heads)
         ]
     else:
-        given = [pairs_of(group, "groups", "groups, each of ") for group in groups]
+        given = [
+            pairs_of(group, "groups", "groups, each of ") for group in (groups if isinstance(groups, Iterable) else [groups])
+        ]
         sets = [[(anatomy[address].address, head) for address, head in group] for group in given]
     if not sets:
         raise SpecError(describe("groups", "none", "heads to cut", "Name at least one (address, head)."))
