@@ -45,14 +45,13 @@ def test_every_measure_is_that_of_a_plain_loop() -> None:
             p, q = (logits[row, position].log_softmax(-1) for logits in (before, after))
             change = (before - after)[row, position].abs()
             losses = [float("nan")] * 2
-            if position + 1 < len(mask) and mask[position + 1]:
+            if position + 1 < len(mask) and mask[position] and mask[position + 1]:
                 target = inputs["input_ids"][row, position + 1]
                 losses = [float(-p[target]), float(-q[target])]
             same = float(p.argmax() == q.argmax())
             found = [float(change.max()), float(change.mean()), float((p.exp() * (p - q)).sum()), same, losses[1] - losses[0]]
             for name, value in zip(MEASURES, found, strict=True):
-                # A padded position's logits may predict the first token, whose loss counts as it does in metrics.loss.
-                rows[row][name].append(value if mask[position] or name == "loss" else float("nan"))
+                rows[row][name].append(value if mask[position] else float("nan"))
     for name in MEASURES:
         expected = np.array([row[name] for row in rows])
         np.testing.assert_allclose(effect.arrays[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)  # float64 of other order
@@ -78,6 +77,8 @@ def test_without_cuts_nothing_changes() -> None:
     family = FAMILIES["bart"]
     effect = verify_effect(family.build("sdpa"), Spec(), family.inputs())
     assert (effect.largest, effect.mean, effect.kl, effect.agreement) == (0.0, 0.0, 0.0, 1.0)
+    assert effect.loss_change == 0.0, "of the decoder's next tokens"
+    effect = verify_effect(FAMILIES["bert"].build("sdpa"), Spec(), FAMILIES["bert"].inputs())
     assert np.isnan(effect.loss_change) and "no labels" in str(effect)
 
 

@@ -41,7 +41,8 @@ ORDER = [
     "patches",
     "surgery.plots.style", "surgery.plots.curves", "surgery.plots.tokens", "surgery.plots.maps",
     "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",                                  # pictures
-    "surgery.analysis.tables", "surgery.analysis.batches", "surgery.analysis.journal", "surgery.analysis.metrics",
+    "surgery.analysis.tables", "surgery.analysis.batches", "surgery.analysis.journal",
+    "surgery.analysis.targets", "surgery.analysis.metrics",
     "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.ends", "surgery.analysis.replay",
     "surgery.analysis.kept", "surgery.analysis.narrow", "surgery.analysis.sweep",
     "surgery.analysis.ablation", "surgery.analysis.objective",

@@ -10,9 +10,10 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import BartConfig, BartForCausalLM, GitConfig, GitForCausalLM, XLNetConfig, XLNetLMHeadModel
 
-from surgery import SpecError
-from surgery.analysis import metrics
+from surgery import Freeze, SpecError, patched
+from surgery.analysis import ablation_study, metrics, verify_effect
 from surgery.analysis.batches import batches
 from surgery.analysis.importance import head_importance
 from surgery.analysis.logit_attribution import direct_logit_attribution
@@ -60,7 +61,7 @@ def test_the_next_token_is_the_label_if_there_is_none(ids: Tensor) -> None:
     with torch.no_grad():
         logits = model(**inputs).logits.double()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, -1)
-    expected = torch.stack([losses[0, 3:].mean(), losses[1].mean(), losses[2].mean()])
+    expected = torch.stack([losses[0, 4:].mean(), losses[1].mean(), losses[2].mean()])
     torch.testing.assert_close(metrics.loss()(seen(model, inputs)), expected)
     torch.testing.assert_close(metrics.perplexity()(seen(model, inputs)), expected.exp())
     torch.testing.assert_close(metrics.loss([5, 7, -1])(seen(model, inputs)), losses[:, [4, 6, -1]].mean(1))
@@ -147,3 +148,178 @@ def test_labels_beside_a_metric_of_one_position(ids: Tensor) -> None:
     ):
         labelled, plain = (measure(g).frame.select_dtypes("number").to_numpy() for g in (given, ids))
         np.testing.assert_allclose(labelled, plain, atol=1e-4)  # products of one position round otherwise
+
+
+# -- which tokens are predicted, and which of them count ------------------------------------------------------------------
+
+
+def test_padding_of_an_encoder_is_none_of_its_decoder(ids: Tensor) -> None:
+    """With labels of the same length as what the encoder reads, and no mask of the decoder's own."""
+    model = FAMILIES["t5"].build()
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    labels = ids.flip(0)
+    labels[:, 3] = -100
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    measured = seen(model, inputs)
+    np.testing.assert_allclose(metrics.loss()(measured).mean(), measured.output.loss.item(), rtol=1e-5)
+    with torch.no_grad():
+        other = model(**{**inputs, "labels": ids}).logits
+    everywhere = metrics.kl()(Measured(model, {"labels": labels}, None, measured.logits, other))
+    torch.testing.assert_close(metrics.kl()(Measured(model, inputs, None, measured.logits, other)), everywhere)
+
+
+def test_without_labels_an_encoder_decoder_predicts_its_decoders_tokens(ids: Tensor) -> None:
+    model, own = FAMILIES["t5"].build(), ids.flip(0)
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    inputs = {"input_ids": ids, "decoder_input_ids": own, "decoder_attention_mask": mask}
+    measured = seen(model, inputs)
+    logits = measured.logits[:, :-1].double()
+    losses = F.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten(), reduction="none").view(3, -1)
+    expected = torch.stack([losses[0, :8].mean(), losses[1].mean(), losses[2].mean()])
+    torch.testing.assert_close(metrics.loss()(measured), expected)
+    effect = verify_effect(model, Freeze("ov", layers=[1]), inputs)
+    np.testing.assert_allclose(np.nanmean(effect.arrays["loss_before"], 1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "why"), [("bert", "labels, for it does not predict the next"), ("bart", "decoder_input_ids")])
+def test_without_labels_some_models_have_no_loss(name: str, why: str) -> None:
+    model, inputs = FAMILIES[name].build(), {"input_ids": FAMILIES[name].inputs()["input_ids"]}
+    for metric in (metrics.loss(), metrics.accuracy()):
+        with pytest.raises(SpecError, match=f"found no labels among the inputs of a {type(model).__name__}.*{why}"):
+            metric(seen(model, inputs))
+    assert why in str(verify_effect(model, Freeze("ov", layers=[0]), inputs))
+
+
+def test_a_token_that_padding_predicts_does_not_count() -> None:
+    family = FAMILIES["llama"]
+    model, inputs = family.build(), family.inputs()
+    alone = {"input_ids": inputs["input_ids"][:1, 3:]}
+    # Rotary angles of other positions: float32 rounds otherwise.
+    for metric in (metrics.loss(), metrics.accuracy()):
+        torch.testing.assert_close(metric(seen(model, inputs))[:1], metric(seen(model, alone)), rtol=1e-4, atol=1e-6)
+
+
+def test_labels_alone_say_what_counts() -> None:
+    """Of padding, too, as in transformers' own loss."""
+    family = FAMILIES["llama"]
+    model, inputs = family.build(), family.inputs()
+    measured = seen(model, {**inputs, "labels": inputs["input_ids"]})
+    np.testing.assert_allclose(metrics.loss()(measured).mean(), measured.output.loss.item(), rtol=1e-5)
+    effect = verify_effect(model, Freeze("ov", layers=[0]), measured.inputs)
+    np.testing.assert_allclose(np.nanmean(effect.arrays["loss_before"]), measured.output.loss.item(), rtol=1e-5)
+
+
+def in_place(name: str) -> Any:
+    """Models with a causal name whose own loss compares logits and labels of the same position."""
+    torch.manual_seed(0)
+    if name == "bart":
+        sizes = dict(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, vocab_size=64)
+        model: Any = BartForCausalLM(BartConfig(**sizes, max_position_embeddings=32))
+    else:
+        model = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["bart", "xlnet"])
+def test_the_shift_of_labels_is_that_of_the_models_own_loss(name: str, ids: Tensor) -> None:
+    model, labels = in_place(name), ids.clone()
+    labels[:, 4] = -100
+    inputs = {"input_ids": ids.flip(0), "labels": labels}
+    measured = seen(model, inputs)
+    np.testing.assert_allclose(metrics.loss()(measured).mean(), measured.output.loss.item(), rtol=1e-5)
+    other = model(**{**inputs, "labels": labels.roll(1, 0)})
+    # Beside the loss of another forward, as blocks of a sweep have it: what has been seen once holds.
+    mixed = metrics.loss()(Measured(model, inputs, other, measured.logits, None))
+    torch.testing.assert_close(mixed, metrics.loss()(measured))
+    study = ablation_study(model, inputs, "ov", [0], fast=name == "bart", progress=False)  # XLNet's batch is its second axis
+    assert study.frame.baseline[0] == pytest.approx(measured.output.loss.item(), rel=1e-5)
+    cut = study.frame.value[0]
+    with patched(model, Freeze("ov", layers=[0], heads=[0])), torch.no_grad():
+        assert cut == pytest.approx(model(**inputs).loss.item(), rel=1e-5)
+
+
+def test_targets_are_those_of_the_last_positions(ids: Tensor) -> None:
+    """GIT puts an image before the text."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    vision = dict(**sizes, image_size=8, patch_size=4, projection_dim=16)
+    model = GitForCausalLM(GitConfig(**sizes, vocab_size=64, vision_config=vision)).eval()
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 8, 8), "labels": ids}
+    measured = seen(model, inputs)
+    assert measured.logits is not None and measured.logits.shape[1] > ids.shape[1]
+    np.testing.assert_allclose(metrics.loss()(measured).mean(), measured.output.loss.item(), rtol=1e-5)
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    torch.testing.assert_close(metrics.loss()(seen(model, unlabelled)), metrics.loss()(measured))
+    effect = verify_effect(model, Freeze("ov", layers=["encoder.self.0"]), inputs)
+    np.testing.assert_allclose(np.nanmean(effect.arrays["loss_before"]), measured.output.loss.item(), rtol=1e-5)
+    assert np.isnan(effect.arrays["loss"][:, : measured.logits.shape[1] - ids.shape[1]]).all()
+
+
+def test_labels_that_stand_nowhere_are_refused(ids: Tensor) -> None:
+    model = load_model()
+    measured = seen(model, {"input_ids": ids})
+    for labels, found in ((ids[:, :7], r"shape \(3, 7\)"), (ids.double(), "in float64"), (ids[:2], r"shape \(2, 12\)")):
+        with pytest.raises(SpecError, match=found):
+            metrics.loss()(Measured(model, {**measured.inputs, "labels": labels}, None, measured.logits, None))
+
+
+def test_kl_at_positions_leaves_padding_out(ids: Tensor) -> None:
+    model = load_model()
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    with torch.no_grad():
+        one, other = (model(x, attention_mask=mask).logits for x in (ids, ids.flip(1)))
+    each = metrics.divergence(other, one)
+    expected = torch.stack([each[0, 7], each[1, [7, 10, 11]].mean(), each[2, [7, 10, 11]].mean()])
+    kept = [7, 10, -1]
+    forms = {"2-D": mask, "boolean": mask.bool()[:, None, None].expand(-1, 1, 12, -1)}
+    forms["additive"] = torch.where(forms["boolean"].tril(), 0.0, torch.finfo(torch.float32).min)
+    for form in forms.values():
+        inputs = {"input_ids": ids, "attention_mask": form}
+        found = metrics.kl(kept)(Measured(model, inputs, None, one[:, kept], other[:, kept]))
+        torch.testing.assert_close(found, expected)
+        everywhere = metrics.kl()(Measured(model, inputs, None, one, other))
+        torch.testing.assert_close(everywhere, torch.stack([each[0, :9].mean(), each[1].mean(), each[2].mean()]))
+
+
+def test_kl_of_tokens_that_are_ruled_out() -> None:
+    """Logits of -inf in both, as models with a mask over their vocabulary give them."""
+    before, after = torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(0)).double()
+    before[..., 5:], after[..., 5:] = -torch.inf, -torch.inf
+    expected = metrics.divergence(before[..., :5], after[..., :5])
+    torch.testing.assert_close(metrics.divergence(before, after), expected)
+    after[0, 0, 1] = torch.nan
+    assert torch.equal(metrics.divergence(before, after).isinf(), torch.tensor([[True, False, False], [False] * 3]))
+
+
+def test_an_example_where_nothing_counts_is_refused(ids: Tensor) -> None:
+    model, labels = load_model(), ids.clone()
+    labels[1], labels[2, 1:] = -100, -100
+    inputs = {"input_ids": ids, "labels": labels}
+    for metric in (metrics.loss(), metrics.perplexity(), metrics.accuracy()):
+        with pytest.raises(SpecError, match="no position that counts in examples 1, 2"):
+            metric(seen(model, inputs))
+    with pytest.raises(SpecError, match="in examples 1, 2"):
+        ablation_study(model, inputs, progress=False)
+    assert np.isnan(verify_effect(model, Freeze("ov", layers=[0]), inputs).arrays["loss"][1:]).all(), "a table has gaps"
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 5 + [0] * 7]).expand(3, -1)}
+    measured = seen(model, padded)
+    with pytest.raises(SpecError, match=r"'KL'.*in examples 0, 1, 2"):
+        at = [8, 9]
+        metrics.kl(at)(Measured(model, padded, None, measured.logits[:, at], measured.logits[:, at]))
+
+
+@pytest.mark.parametrize("position", [0, 12, -12, -13])
+def test_positions_that_nothing_predicts_are_refused(position: int, ids: Tensor) -> None:
+    model = load_model()
+    expected = rf"\[{position}\] of 12; expected 1 to 11, or -11 to -1 from the end"
+    with pytest.raises(SpecError, match=expected):
+        metrics.loss([3, position])(seen(model, {"input_ids": ids}))
+    assert metrics.accuracy([1, -1])(seen(model, {"input_ids": ids})).shape == (3,)
+    bert = FAMILIES["bert"].build()  # predicts labels in place, the first, too
+    if position == 0:
+        assert metrics.loss([0])(seen(bert, {"input_ids": ids, "labels": ids})).isfinite().all()

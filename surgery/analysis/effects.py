@@ -15,8 +15,9 @@ from torch import Tensor
 
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.forwards import forward
-from surgery.analysis.metrics import Measured, losses_of, predicts_the_next, present
+from surgery.analysis.metrics import divergence
 from surgery.analysis.tables import as_html
+from surgery.analysis.targets import present, targets
 from surgery.errors import SpecError, closest, describe
 from surgery.evaluation import evaluating
 from surgery.patch import as_spec, cuts_of, patched
@@ -154,7 +155,7 @@ def verify_effect(model: Any, spec: Any, inputs: Any, output: str | None = None)
     KV cache and with the same random numbers twice. spec: a Spec, one or several cuts. inputs: see
     `surgery.analysis.batches.batches`; each row is an example. Padding (attention_mask 0) is left out. output: the name of what
     to compare; by default the logits, or what the model gives first if it gives none.
-    A loss is that of `surgery.analysis.metrics.loss`: of labels among the inputs, or of the next token in a causal model.
+    A loss is that of `surgery.analysis.metrics.loss`: of labels among the inputs, or of the next of the model's own tokens.
     Raises what `patch_model` raises, and SpecError for a model that gives no numbers to compare.
     """
     spec, (_, kernel), found = as_spec(spec), cuts_of(model), []
@@ -202,7 +203,7 @@ def _compared(model: Any, batch: Batch, before: Any, after: Any, wanted: str | N
         one, other = one[None], other[None]
     if not positions:
         one, other = (t[:, None] if is_distribution else t.flatten(1)[:, None] for t in (one, other))
-    shown = present(Measured(model, batch, after, None, None), one) if positions else _everywhere(one)
+    shown = present(model, batch, one.shape) if positions else _everywhere(one)
     parts = [_row(*pair, is_distribution) for pair in zip(one, other, strict=True)]
     for measure in parts[0]:
         values = torch.stack([part[measure] for part in parts]).cpu()
@@ -244,10 +245,7 @@ def _row(before: Tensor, after: Tensor, is_distribution: bool) -> dict[str, Tens
     change = _without_nan((after - before).abs(), before, after)
     found = {"largest": change.amax(-1), "mean": change.mean(-1)}
     if is_distribution:
-        log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
-        terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
-        found |= {"kl": _without_nan(terms, log_p, log_q).sum(-1)}
-        found |= {"agreement": (before.argmax(-1) == after.argmax(-1)).double()}
+        found |= {"kl": divergence(before, after), "agreement": (before.argmax(-1) == after.argmax(-1)).double()}
     return found
 
 
@@ -258,19 +256,17 @@ def _without_nan(change: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 
 def _add_loss(found: _Batch, model: Any, batch: Batch, before: Any, after: Any) -> None:
-    labels = batch.get("labels")
-    if labels is None and predicts_the_next(model) and found.positions:
-        labels = batch.get("input_ids")
-    classes = before.logits.shape[:-1]
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != classes:
-        found.notes.append("No loss: there are no labels of tokens or classes among the inputs.")
+    try:
+        pair = [targets(model, batch, output, output.logits) for output in (before, after)]
+    except SpecError as error:
+        found.notes.append(f"No loss: {error}")
         return
-    shape = found.arrays["largest"].shape
-    pair = [losses_of(Measured(model, batch, output, output.logits, None), None) for output in (before, after)]
-    (one, counted), (other, _) = pair
+    shape, counted, first = found.arrays["largest"].shape, pair[0].counted, pair[0].first
+    one, other = (part.losses() for part in pair)
     for name, losses in (("loss_before", one), ("loss_after", other), ("loss", _without_nan(other - one, one, other))):
         found.arrays[name] = np.full(shape, np.nan)
-        found.arrays[name][:, : losses.shape[1]] = torch.where(counted, losses, torch.nan).cpu().numpy()
+        places = slice(first, first + losses.shape[1])
+        found.arrays[name][:, places] = torch.where(counted, losses, torch.nan).cpu().numpy()
 
 
 def _everywhere(like: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from surgery.analysis.targets import Targets, present, targets
+from surgery.analysis.targets import predicts_the_next as predicts_the_next
 from surgery.errors import SpecError, describe
 
 
@@ -65,25 +66,27 @@ def _rows(measured: Measured) -> int:
 
 
 def loss(positions: Sequence[int] | None = None) -> Metric:
-    """Mean cross entropy in nats per token, of labels if the inputs have them, else of the next token of input_ids.
+    """Mean cross entropy in nats per token, of labels if the inputs have them, else of the next of the model's own tokens.
 
-    Labels of -100 and padding (attention_mask 0) do not count. positions: of the tokens that are predicted, from 0, to count
-    these alone. Causal models predict labels one position on, as transformers' own loss has it.
+    Labels are those of transformers' own loss: -100 alone does not count, and causal models predict them one position on. Own
+    tokens are input_ids, in an encoder-decoder decoder_input_ids; padding (attention_mask 0) does not count, nor what it
+    predicts. positions: of the tokens that are predicted, from 0, from the end if negative, to count these alone.
+    Raises SpecError for an example in which nothing counts.
     """
-    return Metric("loss", "nats per token", lambda m: _mean(*losses_of(m, positions)))
+    return Metric("loss", "nats per token", lambda m: _mean_loss(m, positions))
 
 
 def perplexity(positions: Sequence[int] | None = None) -> Metric:
     """exp of `loss`, per example."""
-    return Metric("perplexity", "", lambda m: _mean(*losses_of(m, positions)).exp())
+    return Metric("perplexity", "", lambda m: _mean_loss(m, positions).exp())
 
 
 def accuracy(positions: Sequence[int] | None = None) -> Metric:
     """The share of tokens (see `loss`) whose logit is the largest, from 0 to 1."""
 
     def of(m: Measured) -> Tensor:
-        logits, targets, counted = _targets(m, positions)
-        return _mean((logits.argmax(-1) == targets).double(), counted)
+        found = _targets(m, positions)
+        return _mean("accuracy", (found.logits.argmax(-1) == found.tokens).double(), found.counted)
 
     return Metric("accuracy", "share of tokens", of)
 
@@ -111,12 +114,14 @@ def logit_difference(correct: Any, wrong: Any, position: int = -1) -> Metric:
 
 
 def kl(positions: Sequence[int] | None = None) -> Metric:
-    """KL(uncut || cut) of the predicted distributions in nats, the mean over positions that are no padding; 0 without cuts."""
+    """KL(uncut || cut) of the predicted distributions in nats, the mean over positions that are no padding; 0 without cuts.
+
+    positions: of the sequence, to count those alone. Raises SpecError for an example in which all are padding.
+    """
 
     def of(m: Measured) -> Tensor:
-        logits, clean = _logits(m).double().log_softmax(-1), _required(m.clean, "clean logits").double().log_softmax(-1)
-        found = (clean.exp() * (clean - logits)).sum(-1)
-        return found if found.dim() == 1 else _mean(found, present(m, found))
+        found = divergence(_required(m.clean, "clean logits"), _logits(m))
+        return found if found.dim() == 1 else _mean("KL", found, present(m.model, m.inputs, found.shape, positions))
 
     return Metric("KL", "nats", of, None if positions is None else tuple(positions))
 
@@ -148,57 +153,27 @@ def _logits(m: Measured) -> Tensor:
     return _required(m.logits, "logits")
 
 
-def _targets(m: Measured, positions: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (batch, target, vocabulary), target tokens, and which of them count.
-
-    Targets are those of the last positions, if there are fewer of them.
-    """
-    logits, labels = _logits(m), m.inputs.get("labels")
-    if logits.dim() == 2:  # one label for each example
-        targets = _required(labels, "labels among the inputs")[:, None]
-        return logits[:, None], targets, targets != -100
-    if labels is None:
-        labels = _required(m.inputs.get("input_ids"), "labels or input_ids")
-        is_shifted = True
-    else:
-        is_shifted = predicts_the_next(m.model)
-    counted = _only(present(m, labels) & (labels != -100), labels.shape[1], positions)
-    if is_shifted:
-        logits, labels, counted = logits[:, :-1], labels[:, 1:], counted[:, 1:]
-    return logits, labels.clamp(min=0), counted
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    """(...,): KL(before || after) of logits (..., vocabulary), in nats, in float64; infinite where a number became NaN."""
+    log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+    changed = torch.where(terms.isnan(), torch.inf, terms)
+    return torch.where(log_p.isnan() & log_q.isnan(), 0.0, changed).sum(-1)
 
 
-def losses_of(m: Measured, positions: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """(batch, target): the loss of each token, and which count."""
-    logits, targets, counted = _targets(m, positions)
-    losses = F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="none")
-    return losses.view(targets.shape), counted
+def _targets(m: Measured, positions: Sequence[int] | None) -> Targets:
+    return targets(m.model, m.inputs, m.output, _logits(m), positions)
 
 
-def present(m: Measured, like: Tensor) -> Tensor:
-    """(batch, position): where the inputs have no padding."""
-    name = "decoder_attention_mask" if "decoder_input_ids" in m.inputs else "attention_mask"
-    mask = m.inputs.get(name)
-    if isinstance(mask, Tensor) and mask.shape == like.shape[:2]:
-        return mask.bool()
-    return torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+def _mean_loss(m: Measured, positions: Sequence[int] | None) -> Tensor:
+    found = _targets(m, positions)
+    return _mean("loss", found.losses(), found.counted)
 
 
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """(batch,): the mean over what counts; NaN where nothing does."""
+def _mean(name: str, values: Tensor, counted: Tensor) -> Tensor:
+    """(batch,): the mean over what counts. Raises SpecError for examples where nothing does."""
+    if empty := (~counted.any(-1)).nonzero().flatten().tolist():
+        which = f"example{'s' * (len(empty) > 1)} {', '.join(map(str, empty))}"
+        do = "Leave these examples out, or choose other labels or positions."
+        raise SpecError(describe(f"metric {name!r}", f"no position that counts in {which}", "at least one in each", do))
     return torch.where(counted, values, 0).sum(-1) / counted.sum(-1)
-
-
-def _only(counted: Tensor, length: int, positions: Sequence[int] | None) -> Tensor:
-    """What counts, at some positions of a sequence alone, of whose last positions there are targets."""
-    if positions is None:
-        return counted
-    chosen = torch.zeros(length, dtype=torch.bool, device=counted.device)
-    chosen[list(positions)] = True
-    return counted & chosen[length - counted.shape[1] :]
-
-
-def predicts_the_next(model: Any) -> bool:
-    """Whether labels are predicted one position on, as the losses of transformers have it: by the kind of the model's class."""
-    is_in_place = getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration")
-    return not is_in_place and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
