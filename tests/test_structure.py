@@ -135,7 +135,13 @@ def test_two_stacks_and_what_is_left_out() -> None:
         detect_heads(whisper.build())
     found = detect_heads(whisper.build(), whisper.inputs())
     assert set(found.frame.address) == {"decoder.self.0", "decoder.self.1"}
-    assert found.notes == [f"encoder.self.{layer}: the data have no token ids for it" for layer in range(LAYERS)]
+    assert found.notes == [f"encoder.self.{layer}: the data have no input_ids" for layer in range(LAYERS)]
+    model, ids = FAMILIES["t5"].build(), _text()["input_ids"]
+    found = detect_heads(model, {"input_ids": ids, "labels": ids})
+    assert set(found.frame.address) == {f"encoder.self.{layer}" for layer in range(LAYERS)}, "a decoder reads other tokens"
+    assert found.notes == [f"decoder.self.{layer}: the data have no decoder_input_ids" for layer in range(LAYERS)]
+    with pytest.raises(SpecError, match="jobs: found none; expected of 'previous token'"):
+        detect_heads(model, jobs=())
 
 
 def test_detecting_leaves_the_model_and_its_cuts() -> None:

@@ -15,6 +15,7 @@ from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.looking import JOBS, Target, looks
 from surgery.analysis.repeats import random_copies
 from surgery.analysis.tables import as_html, as_text
+from surgery.analysis.targets import is_encoder_decoder, unpadded
 from surgery.anatomy import Attention, grouped
 from surgery.errors import SpecError, closest, describe, listing
 from surgery.patch import anatomy_of
@@ -105,12 +106,14 @@ def detect_heads(
 
     data: token ids, a mapping of inputs, or several; None: random tokens said twice (`random_copies`, of tokenizer and seed),
       on which the scores are those of the literature. layers: of self-attention; None for that of the text.
-    Of an encoder-decoder, the decoder's heads are scored on decoder_input_ids. What cannot be scored is named in notes.
+    Of an encoder-decoder, the decoder's heads are scored on decoder_input_ids alone. What cannot be scored is named in notes.
     Raises NoMatchError or SpecError for selections that do not fit the model.
     """
-    if unknown := [job for job in jobs if job not in JOBS]:
+    if (unknown := [job for job in jobs if job not in JOBS]) or not jobs:
         hint = "".join(closest(job, JOBS) for job in unknown)
-        raise SpecError(describe("jobs", f"{unknown}", f"of {', '.join(map(repr, JOBS))}", hint or "Choose of these."))
+        raise SpecError(
+            describe("jobs", f"{unknown or 'none'}", f"of {', '.join(map(repr, JOBS))}", hint or "Choose of these.")
+        )
     anatomy = anatomy_of(model, strict=False)
     checked = Freeze("qk", "all" if layers is None else layers, heads)
     chosen = anatomy.select(checked.layers, "detect_heads")
@@ -126,8 +129,8 @@ def detect_heads(
     for batch in given:
         targets = {}
         for a in chosen:
-            if (own := _targets(batch, a, jobs)) is None:
-                notes[f"{a.address}: the data have no token ids for it"] = None
+            if (own := _targets(model, batch, a, jobs)) is None:
+                notes[f"{a.address}: the data have no {_side(model, a)}input_ids"] = None
             else:
                 targets[a.address] = own
         found = looks(model, batch, targets, [a for a in chosen if a.address in targets], numbers)
@@ -153,16 +156,18 @@ def _copies(model: Any, seed: int, tokenizer: Any) -> Batch:
     return inputs
 
 
-def _targets(batch: Mapping[str, Any], attention: Attention, jobs: Sequence[str]) -> list[Target] | None:
+def _targets(model: Any, batch: Mapping[str, Any], attention: Attention, jobs: Sequence[str]) -> list[Target] | None:
     """The targets of an attention's tokens; None if the batch does not have them."""
-    is_decoder = "decoder_input_ids" in batch and attention.address.startswith("decoder.")
-    prefix = "decoder_" if is_decoder else ""
-    ids, mask = batch.get(f"{prefix}input_ids"), batch.get(f"{prefix}attention_mask")
+    ids, mask = (batch.get(f"{_side(model, attention)}{name}") for name in ("input_ids", "attention_mask"))
     if not isinstance(ids, Tensor):
         return None
-    is_known = isinstance(mask, Tensor) and mask.shape == ids.shape
-    present = mask.bool() if is_known and isinstance(mask, Tensor) else torch.ones_like(ids, dtype=torch.bool)
+    present = unpadded(mask, ids.shape).to(ids.device)
     return [Target(job, ids.shape[1], *JOBS[job](ids, present)) for job in jobs]
+
+
+def _side(model: Any, attention: Attention) -> str:
+    """What the names of an attention's own inputs begin with."""
+    return "decoder_" if attention.address.startswith("decoder.") and is_encoder_decoder(model) else ""
 
 
 def _frame(totals: Mapping[str, Any], jobs: Sequence[str], numbers: Sequence[int] | None) -> pd.DataFrame:

@@ -72,12 +72,16 @@ def targets(
 
 
 def present(model: Any, inputs: Mapping[str, Any], shape: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
-    """(batch, position): where the sequence that logits are of has no padding. positions: those alone, in their order.
+    """(batch, position): where the sequence that logits are of has no padding, see `unpadded`."""
+    return unpadded(inputs.get(f"{'decoder_' * is_encoder_decoder(model)}attention_mask"), shape, positions)
+
+
+def unpadded(mask: Any, shape: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
+    """(batch, position): where an attention mask hides no token. positions: those alone, in their order.
 
     shape: (batch, position) of what comes out. A mask of four dimensions hides a token that no query may attend to. Positions
     before those of a shorter mask (of an image, of a prompt) are no padding.
     """
-    mask = inputs.get("decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask")
     everywhere = torch.ones(tuple(shape[:2]), dtype=torch.bool, device=mask.device if isinstance(mask, Tensor) else None)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return everywhere
