@@ -300,3 +300,20 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises((SpecError, NoMatchError), match=message):
             discover_vector(model, a, **{"negatives": b, **arguments})
+
+
+def test_examples_are_known_again_by_what_the_model_reads() -> None:
+    """Whatever comes with them: labels, a mask of ones, padding on either side."""
+    model, ids = FAMILIES["llama"].build(), examples("llama", 0)["input_ids"]
+    found = discover_vector(model, {"input_ids": ids}, {"input_ids": ids.flip(1)})
+    ones, pads = torch.ones_like(ids), torch.zeros_like(ids[:, :2])
+    forms = [
+        {"labels": ids},
+        {"attention_mask": ones},
+        {"input_ids": torch.cat([pads, ids], 1), "attention_mask": torch.cat([pads, ones], 1)},
+        {"input_ids": torch.cat([ids, pads], 1), "attention_mask": torch.cat([ones, pads], 1)},
+    ]
+    for form in forms:
+        with pytest.warns(UserWarning, match=f"{len(ids)} examples that the vectors were found on"):
+            found.effect({"input_ids": ids, **form}, last_logit, [0.0], **QUIET)
+    found.effect({"input_ids": ids.roll(1, 1), "labels": ids}, last_logit, [0.0], **QUIET)  # others: no warning

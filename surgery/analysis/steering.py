@@ -81,7 +81,7 @@ def discover_vector(
         unit = f"units of {site}"
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     kept = {address: vectors[address].to(dtype) for address in numbers}
-    used = frozenset(mark for side in sides for batch in side for mark in marks(batch))
+    used = frozenset(mark for side in sides for batch in side for mark in marks(model, batch))
     return SteeringVectors(model, site, method, unit, kept, numbers, used)
 
 

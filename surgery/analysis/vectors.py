@@ -20,6 +20,7 @@ from surgery.analysis.labelled import Labelled, pictured
 from surgery.analysis.reading import Reading
 from surgery.analysis.sweep import Sweep
 from surgery.analysis.tables import as_html, as_text
+from surgery.analysis.targets import unpadded
 from surgery.errors import NoMatchError, describe
 from surgery.patch import anatomy_of
 from surgery.plots.patterns import head_name
@@ -111,7 +112,7 @@ class SteeringVectors:
         positions: see `spec`. tokens, fast: see Sweep.
         """
         reading, given = Reading([metric]), batches(self.model, inputs)
-        if seen := sum(mark in self.examples for batch in given for mark in marks(batch)):
+        if seen := sum(mark in self.examples for batch in given for mark in marks(self.model, batch)):
             found = f"{seen} examples that the vectors were found on"
             do = "What it does there says little about others."
             warnings.warn(describe("effect", found, "held-out inputs", do), UserWarning, stacklevel=2)
@@ -201,17 +202,31 @@ def _legend(head: str) -> str:
     return head_name((address, int(number)))
 
 
-def marks(batch: Batch) -> list[str]:
-    """A mark of each example, by its inputs."""
+def marks(model: Any, batch: Batch) -> list[str]:
+    """A mark of each example, by what the model reads of it: token ids that are no padding, pixels and other features."""
+    rows = rows_of(batch)
+    each = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() and len(value) == rows}
+    main = getattr(model, "main_input_name", "input_ids")
+    read = {name: value for name, value in each.items() if name == main or _is_read(name, value)} or each
+    kept = {
+        name: unpadded(batch.get(name.replace("input_ids", "attention_mask")), value.shape)
+        for name, value in read.items()
+        if name.endswith("input_ids")
+    }
     found = []
-    for row in range(rows_of(batch)):
+    for row in range(rows):
         digest = hashlib.sha256()
-        for name, value in sorted(batch.items()):
-            if isinstance(value, Tensor) and value.dim() and len(value) == rows_of(batch):
-                part = value[row].detach().cpu().contiguous()
-                digest.update(f"{name} {tuple(part.shape)}".encode() + part.flatten().view(torch.uint8).numpy().tobytes())
+        for name, value in sorted(read.items()):
+            part = value[row][kept[name][row].to(value.device)].long() if name in kept else value[row]
+            part = part.detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(part.shape)}".encode() + part.flatten().view(torch.uint8).numpy().tobytes())
         found.append(digest.hexdigest())
     return found
+
+
+def _is_read(name: str, value: Tensor) -> bool:
+    """Neither labels, masks nor positions, which the same example may come with or without."""
+    return name.endswith("input_ids") or (value.is_floating_point() and not name.endswith(("mask", "labels")))
 
 
 def _reader(
