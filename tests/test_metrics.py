@@ -323,3 +323,12 @@ def test_positions_that_nothing_predicts_are_refused(position: int, ids: Tensor)
     bert = FAMILIES["bert"].build()  # predicts labels in place, the first, too
     if position == 0:
         assert metrics.loss([0])(seen(bert, {"input_ids": ids, "labels": ids})).isfinite().all()
+
+
+def test_labels_are_no_matter_of_gradients(ids: Tensor) -> None:
+    """Whether they are shifted is read off a loss that has gradients, too, without a warning."""
+    model = load_model()
+    output = model(ids, labels=ids)
+    found = metrics.loss().function(Measured(model, {"input_ids": ids, "labels": ids}, output, output.logits, None))
+    torch.testing.assert_close(found.mean().float(), output.loss)
+    assert found.requires_grad

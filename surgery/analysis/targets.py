@@ -7,6 +7,7 @@ token is the target of the position before it, where neither of the two is paddi
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,17 +150,17 @@ def _shifts(model: Any, output: Any, logits: Tensor, labels: Tensor) -> bool:
     Seen once, it is kept, for the loss of a forward of many cuts is a mean over them all, and shows nothing.
     """
     if model not in _SHIFTS:
-        own = getattr(output, "loss", None)
-        if not isinstance(own, Tensor) or own.numel() != 1 or not bool(torch.isfinite(own).all()):
+        loss = getattr(output, "loss", None)
+        own = float(loss.detach()) if isinstance(loss, Tensor) and loss.numel() == 1 else float("nan")
+        if not math.isfinite(own):
             return predicts_the_next(model)
         flat = logits.detach().float()
-        losses = [
-            F.cross_entropy(flat[:, : flat.shape[1] - by].flatten(0, 1), labels[:, by:].flatten(), ignore_index=UNCOUNTED)
-            for by in (0, 1)
-        ]
-        gaps = [abs(float(found) - float(own)) for found in losses]
+        gaps = []
+        for by in (0, 1):
+            before, after = flat[:, : flat.shape[1] - by], labels[:, by:]
+            gaps.append(abs(float(F.cross_entropy(before.flatten(0, 1), after.flatten(), ignore_index=UNCOUNTED)) - own))
         close = 1e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-4  # sums of other orders
-        agree = [gap <= close * abs(float(own)) and 10 * gap < other for gap, other in zip(gaps, reversed(gaps), strict=True)]
+        agree = [gap <= close * abs(own) and 10 * gap < other for gap, other in zip(gaps, reversed(gaps), strict=True)]
         if not any(agree):
             return predicts_the_next(model)
         _SHIFTS[model] = agree[1]
