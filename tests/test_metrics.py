@@ -10,7 +10,16 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BartConfig, BartForCausalLM, GitConfig, GitForCausalLM, XLNetConfig, XLNetLMHeadModel
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GitConfig,
+    GitForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from surgery import Freeze, SpecError, patched
 from surgery.analysis import ablation_study, metrics, verify_effect
@@ -332,3 +341,25 @@ def test_labels_are_no_matter_of_gradients(ids: Tensor) -> None:
     found = metrics.loss().function(Measured(model, {"input_ids": ids, "labels": ids}, output, output.logits, None))
     torch.testing.assert_close(found.mean().float(), output.loss)
     assert found.requires_grad
+
+
+def test_what_a_metric_cannot_be_read_off_is_refused(ids: Tensor) -> None:
+    model = load_model()
+    for pair, found in (((99, 1), r"tokens \[99\]"), ((1, [[2], [64], [-1]]), r"tokens \[64, -1\]")):
+        with pytest.raises(SpecError, match=rf"logit_difference: found {found}; expected 0 to 63"):
+            ablation_study(model, ids, metrics=metrics.logit_difference(*pair), progress=False)
+    for run in (
+        lambda: ablation_study(model, ids, metrics=lambda output: None, progress=False),
+        lambda: head_importance(model, ids, metric=lambda output: None, to="zero", method="atp"),
+        lambda: as_metric(Metric("nothing", "", lambda m: "text"))(seen(model, {"input_ids": ids})),  # type: ignore[arg-type, return-value]
+    ):
+        with pytest.raises(SpecError, match="expected a number, or one for each example"):
+            run()
+    classifier = BertForSequenceClassification(
+        BertConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ).eval()
+    for metric in (metrics.logit_difference(1, 0), metrics.kl([-1])):
+        with pytest.raises(SpecError, match=r"found logits of shape \(3, [12]\); expected \(batch, position, vocabulary\)"):
+            ablation_study(classifier, ids, metrics=metric, progress=False)
+    with pytest.raises(SpecError, match=r"\[3\] of 1"):
+        metrics.loss([3])(seen(classifier, {"input_ids": ids, "labels": torch.tensor([0, 1, 0])}))

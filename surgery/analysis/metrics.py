@@ -51,9 +51,7 @@ class Metric:
 
     def units(self, measured: Measured) -> Tensor:
         """The same as it was given: (batch,), or (1,) where one number is that of the whole batch."""
-        found = self.function(measured)
-        found = found if isinstance(found, Tensor) else torch.as_tensor(found)
-        rows = _rows(measured)
+        found, rows = _numbers(self.name, self.function(measured)), _rows(measured)
         if found.dim() > 1 or (found.dim() == 1 and len(found) not in (1, rows)):
             expected = f"a number, or one for each of {rows} examples"
             do = "Reduce it to one number per example."
@@ -99,15 +97,18 @@ def logit_difference(correct: Any, wrong: Any, position: int = -1) -> Metric:
     pair = [torch.as_tensor(tokens) for tokens in (correct, wrong)]
 
     def of(m: Measured) -> Tensor:
-        logits = _logits(m)[:, 0]
+        logits = _with_positions("logit_difference", _logits(m))[:, 0]
         values = []
         for tokens in pair:
-            index = tokens.to(logits.device).view(-1, *tokens.shape[1:]) if tokens.dim() else tokens.view(1)
+            index = (tokens if tokens.dim() else tokens[None]).to(logits.device)
             index = index.reshape(len(index), -1)
             if len(index) not in (1, len(logits)):
                 found = f"tokens for {len(index)} examples"
                 raise SpecError(describe("logit_difference", found, f"one, or {len(logits)}", "Use a batch of all examples."))
-            values.append(logits.double().gather(1, index.to(logits.device).expand(len(logits), -1)).mean(1))
+            if strange := index[(index < 0) | (index >= logits.shape[1])].tolist():
+                found, do = f"tokens {strange}", "Take numbers that the model's tokenizer gives."
+                raise SpecError(describe("logit_difference", found, f"0 to {logits.shape[1] - 1}", do))
+            values.append(logits.double().gather(1, index.expand(len(logits), -1)).mean(1))
         return values[0] - values[1]
 
     return Metric("logit difference", "logits", of, (position,))
@@ -120,7 +121,8 @@ def kl(positions: Sequence[int] | None = None) -> Metric:
     """
 
     def of(m: Measured) -> Tensor:
-        found = divergence(_required(m.clean, "clean logits"), _logits(m))
+        logits = _logits(m) if positions is None else _with_positions("kl", _logits(m))
+        found = divergence(_required(m.clean, "clean logits"), logits)
         return found if found.dim() == 1 else _mean("KL", found, present(m.model, m.inputs, found.shape, positions))
 
     return Metric("KL", "nats", of, None if positions is None else tuple(positions))
@@ -137,9 +139,19 @@ def as_metric(metric: Any) -> Metric:
     if isinstance(metric, str) and metric in METRICS:
         return METRICS[metric]()
     if callable(metric) and not isinstance(metric, type):
-        return Metric(getattr(metric, "__name__", "metric"), "", lambda m: metric(m.output))
+        name = getattr(metric, "__name__", "metric")
+        return Metric(name, "", lambda m: _numbers(name, metric(m.output)))
     expected = f"{', '.join(map(repr, METRICS))}, a Metric, or a callable of the model's output"
     raise SpecError(describe("metric", repr(metric), expected, "For example metrics.logit_difference(5, 7)."))
+
+
+def _numbers(name: str, found: Any) -> Tensor:
+    try:
+        return found if isinstance(found, Tensor) else torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        expected = "a number, or one for each example"
+        what, do = f"metric {name!r}", "Return it, as a tensor if gradients are asked for."
+        raise SpecError(describe(what, f"a {type(found).__name__}", expected, do)) from error
 
 
 def _required(value: Any, what: str) -> Any:
@@ -151,6 +163,14 @@ def _required(value: Any, what: str) -> Any:
 
 def _logits(m: Measured) -> Tensor:
     return _required(m.logits, "logits")
+
+
+def _with_positions(name: str, logits: Tensor) -> Tensor:
+    """Logits that have positions, as a classifier's do not."""
+    if logits.dim() != 3:
+        expected, do = "(batch, position, vocabulary)", "Pass a callable, such as lambda output: output.logits[:, 1]."
+        raise SpecError(describe(f"positions of {name}", f"logits of shape {tuple(logits.shape)}", expected, do))
+    return logits
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
