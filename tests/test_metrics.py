@@ -17,6 +17,7 @@ from transformers import (
     BertForSequenceClassification,
     GitConfig,
     GitForCausalLM,
+    T5ForTokenClassification,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -28,6 +29,7 @@ from surgery.analysis.importance import head_importance
 from surgery.analysis.logit_attribution import direct_logit_attribution
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.reading import Reading
+from surgery.analysis.targets import is_encoder_decoder
 from surgery.demo import load_model
 
 
@@ -176,6 +178,21 @@ def test_padding_of_an_encoder_is_none_of_its_decoder(ids: Tensor) -> None:
         other = model(**{**inputs, "labels": ids}).logits
     everywhere = metrics.kl()(Measured(model, {"labels": labels}, None, measured.logits, other))
     torch.testing.assert_close(metrics.kl()(Measured(model, inputs, None, measured.logits, other)), everywhere)
+
+
+def test_what_is_an_encoder_decoder() -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs)
+
+    models = {name: FAMILIES[name].build() for name in ("t5", "bart", "whisper", "llama", "bert")}
+    for name, model in models.items():
+        assert is_encoder_decoder(model) == is_encoder_decoder(Wrapped(model)) == (name in ("t5", "bart", "whisper"))
+    assert not is_encoder_decoder(T5ForTokenClassification(models["t5"].config)), "an encoder alone, its configuration the same"
 
 
 def test_without_labels_an_encoder_decoder_predicts_its_decoders_tokens(ids: Tensor) -> None:

@@ -106,8 +106,13 @@ def predicts_the_next(model: Any) -> bool:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether logits are of a decoder's tokens, beside an encoder that reads others: its forward takes both."""
-    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+    """Whether logits are of a decoder's tokens, beside an encoder that reads others.
+
+    Its forward takes both, which half of such a model does not; a wrapper's forward that takes anything does not tell.
+    """
+    names = inspect.signature(model.forward).parameters
+    is_said = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "decoder_input_ids" in names or ("input_ids" not in names and bool(is_said))
 
 
 def _next_tokens(model: Any, inputs: Mapping[str, Any]) -> Tensor:
