@@ -37,7 +37,11 @@ Selection = Sequence[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """kind: "zero", "mean" or "activation". reference: of mean (None: of the current activations) and of activation."""
+    """kind: "zero", "mean" or "activation". reference: of mean (None: of the current activations) and of activation.
+
+    The mean of the current activations is that over the whole batch, padding included: what it changes depends on how the batch
+    was padded. A reference of `surgery.collect_reference` leaves padding out.
+    """
 
     kind: Literal["zero", "mean", "activation"]
     reference: Reference | None = None

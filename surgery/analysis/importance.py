@@ -220,7 +220,8 @@ def head_importance(
       moves: where that is most of what a later norm sees, they miss its size, and even its sign, and "ig" does not.
     circuits: "qk", "q", "k", "ov", "v" (see `surgery.analysis.baselines`). In "atp*", "k" is the sum over keys replaced one
       at a time, all other methods replace a head's keys together.
-    to: "corrupted", "zero", "mean" (of the current activations), or a reference or captured run.
+    to: "corrupted", "zero", "mean" (of the current activations), or a reference or captured run. "mean" is over the whole
+      batch, padding included: scores depend on how it was padded; a reference of `surgery.collect_reference` leaves it out.
     verify_top: do it for this many rows of largest magnitude; sample: and for so many others, drawn by `seed`.
     given: cuts that the model has meanwhile, beside its own, on corrupted inputs too: backup heads show only once the heads
       that they stand in for are cut.
