@@ -161,7 +161,7 @@ def _targets(model: Any, batch: Mapping[str, Any], attention: Attention, jobs: S
     ids, mask = (batch.get(f"{_side(model, attention)}{name}") for name in ("input_ids", "attention_mask"))
     if not isinstance(ids, Tensor):
         return None
-    present = unpadded(mask, ids.shape).to(ids.device)
+    present = unpadded(mask, ids)
     return [Target(job, ids.shape[1], *JOBS[job](ids, present)) for job in jobs]
 
 

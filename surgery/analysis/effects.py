@@ -42,9 +42,9 @@ class Effect:
 
     arrays: measure to (example, position) in float64. "largest" and "mean": of |cut - uncut| over the entries at a position;
       "kl": KL(uncut || cut) in nats; "agreement": 1 where the same token has the largest logit, else 0; "loss": nats, cut -
-      uncut, at the position whose logits predict the token, with "loss_before" and "loss_after". NaN at padding, where no
-      token is predicted, and behind the end of a shorter batch; infinite where a cut makes NaN of a number. One position where
-      the output has none (a class for each example).
+      uncut, at the position whose logits predict the token, with "loss_before" and "loss_after". NaN at padding (but for
+      the loss of labels that count there), where no token is predicted, and behind the end of a shorter batch; infinite where a
+      cut makes NaN of a number. One position where the output has none (a class for each example).
     output: the name of what was compared: "logits", or the model's main output if it gives none (then without kl, agreement
       and loss). positions: whether the second axis of the arrays counts positions. notes: what was left out, and why.
     """
@@ -203,7 +203,7 @@ def _compared(model: Any, batch: Batch, before: Any, after: Any, wanted: str | N
         one, other = one[None], other[None]
     if not positions:
         one, other = (t[:, None] if is_distribution else t.flatten(1)[:, None] for t in (one, other))
-    shown = present(model, batch, one.shape) if positions else _everywhere(one)
+    shown = present(model, batch, one) if positions else _everywhere(one)
     parts = [_row(*pair, is_distribution) for pair in zip(one, other, strict=True)]
     for measure in parts[0]:
         values = torch.stack([part[measure] for part in parts]).cpu()

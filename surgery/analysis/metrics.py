@@ -123,7 +123,7 @@ def kl(positions: Sequence[int] | None = None) -> Metric:
     def of(m: Measured) -> Tensor:
         logits = _logits(m) if positions is None else _with_positions("kl", _logits(m))
         found = divergence(_required(m.clean, "clean logits"), logits)
-        return found if found.dim() == 1 else _mean("KL", found, present(m.model, m.inputs, found.shape, positions))
+        return found if found.dim() == 1 else _mean("KL", found, present(m.model, m.inputs, found, positions))
 
     return Metric("KL", "nats", of, None if positions is None else tuple(positions))
 

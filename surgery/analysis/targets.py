@@ -61,7 +61,7 @@ def targets(
         return _classes(logits, tokens, labels is not None, positions)
     first = _offset(inputs, tokens, logits)
     is_shifted = labels is None or _shifts(model, output, logits[:, first:], tokens)
-    counted = present(model, inputs, tokens.shape) if labels is None else tokens != UNCOUNTED
+    counted = present(model, inputs, tokens) if labels is None else tokens != UNCOUNTED
     if labels is None:  # a token that padding predicts is the model's guess at nothing
         counted = torch.cat([counted[:, :1], counted[:, 1:] & counted[:, :-1]], dim=1)
     if positions is not None:
@@ -72,30 +72,30 @@ def targets(
     return Targets(logits, tokens, counted, first)
 
 
-def present(model: Any, inputs: Mapping[str, Any], shape: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
+def present(model: Any, inputs: Mapping[str, Any], like: Tensor, positions: Sequence[int] | None = None) -> Tensor:
     """(batch, position): where the sequence that logits are of has no padding, see `unpadded`."""
-    return unpadded(inputs.get(f"{'decoder_' * is_encoder_decoder(model)}attention_mask"), shape, positions)
+    return unpadded(inputs.get(f"{'decoder_' * is_encoder_decoder(model)}attention_mask"), like, positions)
 
 
-def unpadded(mask: Any, shape: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
+def unpadded(mask: Any, like: Tensor, positions: Sequence[int] | None = None) -> Tensor:
     """(batch, position): where an attention mask hides no token. positions: those alone, in their order.
 
-    shape: (batch, position) of what comes out. A mask of four dimensions hides a token that no query may attend to. Positions
-    before those of a shorter mask (of an image, of a prompt) are no padding.
+    like: (batch, position, ...), whose shape and device what comes out has. A mask of four dimensions hides a token that no
+    query may attend to. Positions before those of a shorter mask (of an image, of a prompt) are no padding.
     """
-    everywhere = torch.ones(tuple(shape[:2]), dtype=torch.bool, device=mask.device if isinstance(mask, Tensor) else None)
+    everywhere = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return everywhere
     known = mask.bool()
     if mask.dim() == 4:
         allowed = mask > torch.finfo(mask.dtype).min / 2 if is_additive(mask) else known
         known = allowed.flatten(1, 2).any(1)
-    if len(known) not in (1, shape[0]):
+    if len(known) not in (1, len(like)):
         return everywhere
-    known = known.expand(shape[0], -1)
+    known = known.expand(len(like), -1).to(like.device)
     if positions is not None:
         return known[:, list(positions)]
-    missing = shape[1] - known.shape[1]
+    missing = like.shape[1] - known.shape[1]
     return everywhere if missing < 0 else torch.cat([everywhere[:, :missing], known], dim=1)
 
 

@@ -209,7 +209,7 @@ def marks(model: Any, batch: Batch) -> list[str]:
     main = getattr(model, "main_input_name", "input_ids")
     read = {name: value for name, value in each.items() if name == main or _is_read(name, value)} or each
     kept = {
-        name: unpadded(batch.get(name.replace("input_ids", "attention_mask")), value.shape)
+        name: unpadded(batch.get(name.replace("input_ids", "attention_mask")), value)
         for name, value in read.items()
         if name.endswith("input_ids")
     }
@@ -217,7 +217,7 @@ def marks(model: Any, batch: Batch) -> list[str]:
     for row in range(rows):
         digest = hashlib.sha256()
         for name, value in sorted(read.items()):
-            part = value[row][kept[name][row].to(value.device)].long() if name in kept else value[row]
+            part = value[row][kept[name][row]].long() if name in kept else value[row]
             part = part.detach().cpu().contiguous()
             digest.update(f"{name} {tuple(part.shape)}".encode() + part.flatten().view(torch.uint8).numpy().tobytes())
         found.append(digest.hexdigest())
