@@ -132,13 +132,15 @@ def test_one_number_for_a_whole_batch_is_one_unit() -> None:
 
 
 def test_an_example_without_a_number_is_named() -> None:
-    ids = {"input_ids": IDS[:4], "labels": IDS[:4].clone()}
-    ids["labels"][2] = -100  # nothing to predict: the mean of nothing
-    found = ablation_study(load_model(), ids, "ov", layers=[1], heads=[0, 1], metrics=["loss", "kl"], progress=False)
-    assert found.frame[found.frame.metric == "loss"].effect.isna().all()
+    def root(m: metrics.Measured) -> Tensor:  # of a negative number, in one example
+        return (m.logits[:, -1].mean(1) + torch.tensor([1e3, 1e3, -1e3, 1e3])).sqrt()
+
+    given: list[Any] = [metrics.Metric("root", "", root), "kl"]
+    found = ablation_study(load_model(), IDS[:4], "ov", layers=[1], heads=[0, 1], metrics=given, progress=False)
+    assert found.frame[found.frame.metric == "root"].effect.isna().all()
     assert found.frame[found.frame.metric == "KL"].effect.notna().all()
     [note] = found.notes
-    assert "loss is not a finite number in example 2 (from 0), without cuts: 2 of 2 cuts" in note and note in str(found)
+    assert "root is not a finite number in example 2 (from 0), without cuts: 2 of 2 cuts" in note and note in str(found)
 
 
 def test_metrics_of_one_name_are_kept_apart() -> None:

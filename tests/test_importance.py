@@ -837,3 +837,19 @@ def test_a_metric_at_its_smallest_has_no_first_order() -> None:
     plain = head_importance(model, clean, corrupted, "kl", "atp").frame.score
     integral = head_importance(model, clean, corrupted, "kl", "ig").frame.score
     assert plain.abs().max() < 1e-6 * exact.max() < integral.max()
+
+
+def test_estimates_that_have_failed_say_so() -> None:
+    model, clean = load_model(), repeated_sequences(4, 20, 64, 0)
+    corrupted = torch.cat([repeated_sequences(4, 20, 64, 1)[:, :21], clean[:, 21:]], 1)
+    flat = head_importance(model, clean, corrupted, "kl", "atp")
+    assert "KL has no slope at the clean inputs" in flat.notes[0] and flat.notes[0] in str(flat)
+    saturated = head_importance(model, clean, corrupted, "loss", "atp", verify_top=3, edges=[(1, 3)])
+    [note] = saturated.notes
+    assert "estimates are far from exact changes here" in note and "edges are to first order" in str(saturated)
+    good = head_importance(*deep(), "atp*", verify_top=3)
+    assert good.notes == [] and "note" not in str(good)
+
+
+def deep() -> Any:
+    return deep_model(layers=2), *prompts(), METRIC

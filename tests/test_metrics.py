@@ -380,3 +380,16 @@ def test_what_a_metric_cannot_be_read_off_is_refused(ids: Tensor) -> None:
             ablation_study(classifier, ids, metrics=metric, progress=False)
     with pytest.raises(SpecError, match=r"\[3\] of 1"):
         metrics.loss([3])(seen(classifier, {"input_ids": ids, "labels": torch.tensor([0, 1, 0])}))
+
+
+def test_a_position_that_is_padding_is_refused() -> None:
+    """Of texts that are padded on the right the last position is none."""
+    model, ids = load_model(), torch.randint(1, 64, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with pytest.raises(SpecError, match=r"found padding at position -1 of examples \[1\]"):
+        ablation_study(model, inputs, "ov", layers=[1], heads=[0], metrics=metrics.logit_difference(3, 4), progress=False)
+    with pytest.raises(SpecError, match="padding at position 7"):
+        head_importance(model, inputs, None, metrics.logit_difference(3, 4, position=7), "atp", to="zero")
+    ablation_study(model, inputs, "ov", layers=[1], heads=[0], metrics=metrics.logit_difference(3, 4, 5), progress=False)

@@ -37,6 +37,8 @@ METHODS = ("ablation", "atp", "atp*", "ig")
 TITLES = {"qk": "QK: where it looks", "q": "q", "k": "k", "ov": "OV: what it moves", "v": "v"}
 ENDS = ("sender (layer.head)", "receiver (layer.head)")
 CONFIDENCE = 0.95
+FLAT = 1e-9
+"""Largest score, as a part of the metric, that is no slope but rounding."""
 
 
 class Importance:
@@ -178,10 +180,13 @@ class Importance:
             as_text(self.top()),
         ]
         if self.sampled:
-            lines += [
-                f"of {len(self.sampled)} others, drawn at random, none changes more than {self.missed:.3g};\n"
-                f"at most {self.bound:.0%} of the rest do ({CONFIDENCE:.0%} confidence)"
-            ]
+            rest = (
+                f"at most {self.bound:.0%} of the rest do ({CONFIDENCE:.0%} confidence)" if self.bound else "there are no more"
+            )
+            lines += [f"of {len(self.sampled)} others, drawn at random, none changes more than {self.missed:.3g};\n{rest}"]
+        if self.edges is not None:
+            lines.append("edges are to first order, whatever the method; path_patching does one exactly")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -217,7 +222,8 @@ def head_importance(
     method: "ablation" (exact, by the sweep), "atp" (attribution patching: one forward and backward for all heads), "atp*"
       (with the softmax computed again, and GradDrop over layers unless drop_layers=False), "ig" (integrated gradients: `steps`
       passes on each `path`, see `surgery.analysis.integrated`). The first two of the estimates are linear in what a head
-      moves: where that is most of what a later norm sees, they miss its size, and even its sign, and "ig" does not.
+      moves: where that is most of what a later norm sees, they miss its size, and even its sign. "ig" shares out what all
+      heads of a path change together, exactly: a head's share may differ from what it changes alone.
     circuits: "qk", "q", "k", "ov", "v" (see `surgery.analysis.baselines`). In "atp*", "k" is the sum over keys replaced one
       at a time, all other methods replace a head's keys together.
     to: "corrupted", "zero", "mean" (of the current activations), or a reference or captured run. "mean" is over the whole
@@ -259,6 +265,7 @@ def head_importance(
         else:
             found = _estimated(objective, method, chosen, circuits, baseline, steps, path, drop_layers)
             _verify(found, objective, baseline, verify_top, sample, seed, tokens)
+            found.notes += _doubts(found)
         if edges:
             found.edges = edge_scores(objective, chosen, receivers, baseline)
         found.to = f"by {to}" if isinstance(to, str) else "by a reference"
@@ -321,6 +328,26 @@ def _verify(
     done = exact_changes(objective, nodes, baseline, tokens)
     found.frame.loc[chosen, "exact"] = [done.changes[node] for node in nodes]
     found.forwards, found.notes = done.forwards, list(done.notes)
+
+
+def _doubts(found: Importance) -> list[str]:
+    """What makes estimates unfit to be read as changes, in words."""
+    notes = []
+    largest = float(found.frame.magnitude.max())
+    if largest <= FLAT * (abs(found.baseline) or 1.0):
+        notes.append(
+            f"{found.metric} has no slope at the clean inputs: these scores are rounding. Use method='ig' or 'ablation', "
+            "or a metric that is not at its smallest there."
+        )
+    rows = found.frame.dropna(subset=["exact"])
+    exact, gap = float(rows.exact.abs().max()), float((rows.score - rows.exact).abs().max())
+    if len(rows) and gap > exact / 2 > 0:
+        worst = rows.loc[(rows.score - rows.exact).abs().idxmax()]
+        notes.append(
+            f"estimates are far from exact changes here: {worst.score:.3g} for {worst.address} head {worst['head']} "
+            f"{worst.circuit}, which changes {worst.exact:.3g}. Read the column exact."
+        )
+    return notes
 
 
 def _selection(model: Any, layers: Any, heads: Any) -> Selection:

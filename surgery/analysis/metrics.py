@@ -93,12 +93,17 @@ def logit_difference(correct: Any, wrong: Any, position: int = -1) -> Metric:
     """The logit of one token minus that of another at a position (the last), in logits (nats).
 
     correct, wrong: token numbers, one for all examples or one for each; (batch, n): the mean over n.
+    Raises SpecError for tokens that there are not, and where the position is padding.
     """
     pair = [torch.as_tensor(tokens) for tokens in (correct, wrong)]
 
     def of(m: Measured) -> Tensor:
-        logits = _with_positions("logit_difference", _logits(m))[:, 0]
-        values = []
+        logits = _with_positions("logit_difference", _logits(m))
+        real = present(m.model, m.inputs, logits[:, :, 0], (position,))
+        if padded := (~real[:, 0]).nonzero().flatten().tolist():
+            found, do = f"padding at position {position} of examples {padded}", "Pad on the left, or name another position."
+            raise SpecError(describe("logit_difference", found, "a token", do))
+        logits, values = logits[:, 0], []
         for tokens in pair:
             index = (tokens if tokens.dim() else tokens[None]).to(logits.device)
             index = index.reshape(len(index), -1)
