@@ -40,7 +40,7 @@ ORDER = [
     "surgery.public", "surgery",                                                                          # the names
     "patches",
     "surgery.plots.style", "surgery.plots.curves", "surgery.plots.tokens", "surgery.plots.maps",
-    "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",                                  # pictures
+    "surgery.plots.interference", "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",    # pictures
     "surgery.analysis.tables", "surgery.analysis.batches", "surgery.analysis.journal",
     "surgery.analysis.targets", "surgery.analysis.metrics",
     "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.ends", "surgery.analysis.replay",

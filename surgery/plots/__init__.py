@@ -5,6 +5,8 @@ from surgery.plots.curves import effect_by_position as effect_by_position
 from surgery.plots.curves import importance_against_exact as importance_against_exact
 from surgery.plots.curves import lines as lines
 from surgery.plots.curves import measures_by_position as measures_by_position
+from surgery.plots.interference import block_bars as block_bars
+from surgery.plots.interference import block_maps as block_maps
 from surgery.plots.maps import Named as Named
 from surgery.plots.maps import head_maps as head_maps
 from surgery.plots.maps import heat_maps as heat_maps

@@ -9,14 +9,26 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from surgery.analysis.interference.gradients import Gradients
+from surgery.analysis.interference.intervals import two_way_bootstrap
 from surgery.analysis.interference.kernels import kernel_of
+from surgery.analysis.interference.tested import Tested
 from surgery.analysis.interference.walk import MEMORY_MIB, RHO, Walk
 from surgery.errors import SpecError, describe
+from surgery.plots.interference import block_bars, block_maps
+
+MEASURED = {
+    "qkov": "interference (gradient units)",
+    "whitened": "interference (whitened)",
+    "signed": "conflict (part of −cosine)",
+    "ewc": "interference (EWC)",
+}
+"""What the numbers of each kernel are, for labels."""
 
 
 class Interference:
@@ -67,6 +79,54 @@ class Interference:
         """The largest means."""
         return self.to_frame().sort_values("mean", ascending=False, kind="stable").head(count)
 
+    def blocks(self, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """Sums over heads, of every layer and (address "all") of all layers, a row each: address, block, mean, low, high.
+
+        Intervals are of the samples of both tasks (`two_way_bootstrap`). Raises SpecError without maps over pairs.
+        """
+        if self.maps is None:
+            raise SpecError(describe("blocks", "means alone", "maps over pairs", "Pass keep_maps=True to heatmap."))
+        frame = self.to_frame()
+        single = list(frame.groupby(["address", "block"], sort=False).indices.items())
+        whole = [(("all", block), rows) for block, rows in frame.groupby("block", sort=False).indices.items()]
+        sums = torch.stack([self.maps[torch.from_numpy(rows)].sum(0) for _, rows in [*single, *whole]])
+        found = two_way_bootstrap(sums.numpy(), confidence=confidence, seed=seed)
+        names = pd.DataFrame([name for name, _ in [*single, *whole]], columns=["address", "block"])
+        return names.assign(mean=found.mean, low=found.low, high=found.high)
+
+    def picture(self, tested: Tested | None = None, title: str = "") -> Figure:
+        """Heat maps of the means over layer × head, a panel for each block. tested: marks what it found (FDR)."""
+        return block_maps({MEASURED[self.about["kernel"]]: self._marked(tested)}, title=title, subtitle=_legend(tested))
+
+    def beside(
+        self, other: Interference, tested: Tested | None = None, other_tested: Tested | None = None, title: str = ""
+    ) -> Figure:
+        """The same with those of another kernel below, such as "signed". tested: of this one, and of the other."""
+        if self.about["kernel"] == other.about["kernel"]:
+            twice = f"{self.about['kernel']!r} twice"
+            raise SpecError(describe("beside", twice, "maps of two kernels", 'Pass heatmap(a, b, kernel="signed").'))
+        pairs = ((self, tested), (other, other_tested))
+        frames = {MEASURED[one.about["kernel"]]: one._marked(found) for one, found in pairs}
+        return block_maps(frames, title=title, subtitle=_legend(tested, other_tested))
+
+    def blocks_picture(self, confidence: float = 0.95, seed: int = 0, title: str = "") -> Figure:
+        """`blocks` as bars and points with their intervals."""
+        unit = f"{MEASURED[self.about['kernel']]}, sum over heads"
+        subtitle = f"{confidence:.0%} intervals: samples of both tasks drawn again"
+        return block_bars(self.blocks(confidence, seed), unit=unit, title=title, subtitle=subtitle)
+
+    def _marked(self, tested: Tested | None) -> pd.DataFrame:
+        """As plots take it: value, and found where something was tested."""
+        frame = self.to_frame().rename(columns={"mean": "value"})
+        if tested is None:
+            return frame
+        names = ["address", "block", "head"]
+        if list(tested.frame[names].itertuples(index=False, name=None)) != self.hypotheses:
+            expected = f"those {len(self.hypotheses)} of the map, in their order"
+            do = "Pass a test of the same gradients."
+            raise SpecError(describe("tested", f"{len(tested.frame)} other heads and blocks", expected, do))
+        return frame.assign(found=(tested.frame["p_fdr"] <= tested.alpha).to_numpy())
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
         path = Path(path)
@@ -108,6 +168,12 @@ class Interference:
 
     def _repr_html_(self) -> str:
         return self.top().to_html(index=False)
+
+
+def _legend(*tested: Tested | None) -> str:
+    """What a mark says, if there are any."""
+    levels = sorted({f"{one.alpha:g}" for one in tested if one is not None})
+    return f"marked: found at a false discovery rate of {' or '.join(levels)}" if levels else ""
 
 
 def heatmap(
