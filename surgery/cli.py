@@ -16,6 +16,7 @@ from surgery.commands.families import families
 from surgery.commands.generate import generate
 from surgery.commands.importance import importance
 from surgery.commands.inspect import inspect
+from surgery.commands.interference import interference
 from surgery.commands.patch import patch
 from surgery.commands.patching import patching
 from surgery.commands.schema import schema
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (demo, inspect, patch, verify, generate, ablate, importance, patching, families, schema):
+for command in (demo, inspect, patch, verify, generate, ablate, importance, patching, interference, families, schema):
     app.command()(command)
 
 

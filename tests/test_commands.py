@@ -18,7 +18,7 @@ from families import FAMILIES
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
-from worded import write_worded
+from worded import write_task, write_worded
 
 from surgery import Edit, Freeze, Spec, SurgeryError, collect_reference, load_checkpoint, patch_model
 from surgery.cli import app
@@ -341,11 +341,13 @@ def test_the_commands_of_the_readme_run(folder: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spec.yaml").write_text(spec, encoding="utf-8")
     (tmp_path / "means.safetensors").write_bytes((folder / "means.safetensors").read_bytes())
+    for name, first, is_repeated in (("a", 1, True), ("b", 32, True), ("n", 1, False)):
+        write_task(tmp_path / f"{name}.jsonl", 12, first, is_repeated)
     (tmp_path / "my-model").symlink_to(folder / "model")
     blocks = re.findall(r"```sh\n(.*?)```", section + findings, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
-    known = {"inspect", "patch", "verify", "generate", "families", "schema", "ablate", "importance", "patching"}
+    known = {"inspect", "patch", "verify", "generate", "families", "schema", "ablate", "importance", "patching", "interference"}
     assert len(blocks) == 2 and {words[1] for words in commands} >= known
     for program, *words in commands:
         assert program == "surgery"

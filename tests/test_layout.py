@@ -68,6 +68,7 @@ ORDER = [
     "surgery.demo.report", "surgery.demo",
     "surgery.commands", "surgery.commands.shared", "surgery.commands.data", "surgery.commands.pairs",
     "surgery.commands.report", "surgery.commands.ablate", "surgery.commands.importance", "surgery.commands.patching",
+    "surgery.commands.lines", "surgery.commands.interference",
     "surgery.commands.demo",
     "surgery.commands.inspect", "surgery.commands.patch", "surgery.commands.verify", "surgery.commands.generate",
     "surgery.commands.families", "surgery.commands.schema", "surgery.cli",                                # on top

@@ -1,0 +1,146 @@
+"""`surgery interference`: two tasks that share a head, from the command line; files, what goes on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_commands import invoke
+from test_finding_commands import data, is_picture
+from worded import write_task, write_worded
+
+from surgery import SurgeryError
+from surgery.analysis.interference.gradients import collect
+from surgery.analysis.interference.maps import heatmap
+from surgery.commands.lines import batches_of, read_lines
+from surgery.demo import load_model
+
+INDUCTION, PREVIOUS = ("self.1", 3), ("self.0", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, and tasks a and b that repeat other words each, with a control n that repeats none."""
+    folder = tmp_path_factory.mktemp("interference")
+    write_worded(folder / "model")
+    for name, first, is_repeated in (("a", 1, True), ("b", 32, True), ("n", 16, False)):
+        write_task(folder / f"{name}.jsonl", 15, first, is_repeated)
+    return folder
+
+
+def asked(folder: Path, out: Path, *more: Any) -> tuple[Any, ...]:
+    tasks = ("--task-a", folder / "a.jsonl", "--task-b", folder / "b.jsonl", "--control", folder / "n.jsonl")
+    return ("interference", folder / "model", *tasks, "--out", out, *more)
+
+
+def ids_of(path: Path) -> list[dict[str, Any]]:
+    """The words' numbers, batched as the command does it."""
+    lines = [[int(w[1:]) for w in json.loads(line)["text"].split()] for line in path.read_text(encoding="utf-8").splitlines()]
+    copy = path.with_suffix(".ids")
+    copy.write_text("\n".join(json.dumps({"input_ids": line}) for line in lines), encoding="utf-8")
+    return batches_of(read_lines(copy, 2), None, "", 8)
+
+
+def test_two_tasks_that_share_a_circuit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = data(*asked(folder, tmp_path, "--resume"))
+    rows = pd.DataFrame(found["rows"])
+    kept = rows[rows.p_fdr <= 0.05].sort_values("mean", ascending=False).head(4)
+    assert {*zip(kept.address, kept["head"], strict=True)} == {INDUCTION, PREVIOUS}
+    assert tuple(kept.iloc[0][["address", "block", "head"]]) == ("self.1", "O", 3)
+    opposed = rows[rows.conflict_p_fdr <= 0.05].sort_values("conflict", ascending=False).head(3)
+    assert {*zip(opposed.address, opposed["head"], strict=True)} == {INDUCTION, PREVIOUS} and set(opposed.block) == {"V", "O"}
+
+    model = load_model()
+    a, b, n = (collect(model, ids_of(folder / f"{name}.jsonl"), progress=False) for name in "abn")
+    assert rows["mean"].tolist() == pytest.approx(heatmap(a, b, [a, b, n]).means.tolist(), rel=1e-5)
+    assert rows.conflict.tolist() == pytest.approx(heatmap(a, b, kernel="signed").means.tolist(), rel=1e-4, abs=1e-9)
+
+    tested = pd.read_csv(tmp_path / "tested.csv")
+    assert pd.read_csv(tmp_path / "interference.csv").p_fdr.tolist() == pytest.approx(tested.p_fdr.tolist())
+    assert pd.read_csv(tmp_path / "conflict.csv").p_both.between(0, 1).all()
+    assert pd.read_csv(tmp_path / "top.csv")["mean"].is_monotonic_decreasing
+    assert r"\begin{tabular}" in (tmp_path / "top.tex").read_text(encoding="utf-8")
+    assert all(is_picture(tmp_path / f"{name}.png") for name in ("heads", "blocks", "conflict"))
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "15 samples" in report and "## Overlap: found, the largest first" in report and "| self.1 | O | 3 |" in report
+
+    # again: nothing is collected that was kept, and the numbers are the same
+    (tmp_path / "gradients" / "B" / "00001.safetensors").unlink()
+    read: list[int] = []
+    import surgery.analysis.interference.gradients as gradients
+
+    once = gradients._collected
+    monkeypatch.setattr(gradients, "_collected", lambda *given: read.append(1) or once(*given))
+    assert data(*asked(folder, tmp_path, "--resume"))["rows"] == found["rows"] and len(read) == 1
+
+
+def test_options_reach_the_functions(folder: Path, tmp_path: Path) -> None:
+    options = ("--kernel", "whitened", "--layers", 1, "--rho", 0.1, "--alpha", 0.2, "--permutations", 99, "--length", 15)
+    found = data(*asked(folder, tmp_path, *options))
+    rows = pd.DataFrame(found["rows"])
+    assert set(rows.address) == {"self.1"} and found["kernel"] == "whitened" and "at FDR 0.2" in found["overlap"]
+    assert len(rows) == 16 and "99 p_row (drawn)" in found["overlap"] and not (tmp_path / "gradients").exists()
+    short = [[{"input_ids": b["input_ids"][:, :15]} for b in ids_of(folder / f"{name}.jsonl")] for name in "abn"]
+    a, b, n = (collect(load_model(), batches, layers=[1], progress=False) for batches in short)
+    assert rows["mean"].tolist() == pytest.approx(heatmap(a, b, [a, b, n], "whitened", rho=0.1).means.tolist(), rel=1e-4)
+    assert any("99 labelings" in note for note in found["notes"]), "too few are said, not hidden"
+    assert "99 labelings" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_samples_are_batched_by_length_and_kind(tmp_path: Path) -> None:
+    lines = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}, {"input_ids": [6, 7, 8], "labels": [-100, -100, 8]}]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, [*lines, *lines[:1] * 2])), encoding="utf-8")
+    found = batches_of(read_lines(tmp_path / "x.jsonl", 2), None, "", size=2)
+    assert [{name: value.tolist() for name, value in batch.items()} for batch in found] == [
+        {"input_ids": [[1, 2, 3], [1, 2, 3]]},
+        {"input_ids": [[1, 2, 3]]},
+        {"input_ids": [[4, 5]]},
+        {"input_ids": [[6, 7, 8]], "labels": [[-100, -100, 8]]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{"], "line 1: found no JSON"),
+        (['{"text": "w1 w2"}', "[1, 2]"], "line 2: found a list"),
+        (['{"text": "w1", "input_ids": [1]}'], "line 1: found the keys 'text', 'input_ids'"),
+        (['{"input_ids": [1, 2], "labels": [1]}'], "no lists of whole numbers, or not of one length"),
+        (['{"input_ids": [1, -2]}'], "no lists of whole numbers"),
+        (['{"input_ids": [1, true]}'], "no lists of whole numbers"),
+        (['{"text": "w1 w2 w3"}'], "found 1 samples; expected at least 2"),
+        (['{"text": "w1"}', '{"text": "w1 w2"}'], "line 1: found 1 tokens"),
+        (['{"input_ids": [1, 2], "labels": [-100, -100]}'] * 2, "labels of -100 alone"),
+    ],
+)
+def test_samples_that_are_none_are_refused_by_their_line(
+    folder: Path, tmp_path: Path, lines: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr("surgery.pretrained.load_any", lambda *_, **__: pytest.fail("before any model is read"))
+    given = [tmp_path / "bad.jsonl" if word == folder / "b.jsonl" else word for word in asked(folder, tmp_path / "out")]
+    result = invoke(*given)
+    assert result.exit_code == 1 and message in result.stderr and "bad.jsonl" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_needs_a_tokenizer_and_a_test_its_control(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / "model" / name, tmp_path / "model" / name)
+    result = invoke("interference", tmp_path / "model", *asked(folder, tmp_path / "out")[2:])
+    assert result.exit_code == 1 and "line 1: found a text and no tokenizer (no files of a tokenizer)" in result.stderr
+    words = asked(folder, tmp_path / "out")
+    result = invoke(*words[:6], *words[8:])
+    assert result.exit_code == 2 and "--control" in result.stderr
+    few = "\n".join((folder / "a.jsonl").read_text(encoding="utf-8").splitlines()[:2])
+    (tmp_path / "few.jsonl").write_text(few, encoding="utf-8")
+    given = [tmp_path / "few.jsonl" if word == folder / "a.jsonl" else word for word in words]
+    result = invoke(*given)
+    assert (result.exit_code == 1 and "sign_flip_test" in result.stderr) or "smallest attainable p" in result.stderr
+    with pytest.raises(SurgeryError, match="at least 3"):
+        read_lines(tmp_path / "few.jsonl", 3)
