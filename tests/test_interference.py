@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from families import FAMILIES
@@ -23,6 +25,8 @@ from surgery.analysis.interference.gradients import Gradients, collect
 from surgery.analysis.interference.kernels import KERNELS
 from surgery.analysis.interference.maps import Interference, heatmap
 from surgery.analysis.interference.scores import sample_scores
+from surgery.analysis.interference.statistics import Scores, permutation_test, sign_flip_test
+from surgery.analysis.interference.study import conflict_test, overlap_test
 from surgery.analysis.metrics import Measured, loss
 from surgery.demo import load_model
 from surgery.patch import anatomy_of
@@ -509,3 +513,60 @@ def test_scores_of_samples_are_means_of_maps() -> None:
             scale = float(expected[name].abs().max())
             torch.testing.assert_close(torch.tensor(scores).mT, expected[name], rtol=1e-4, atol=1e-5 * scale)
     assert sorted(sample_scores(a, b, None, kernel="signed")[1]) == ["columns_b", "rows_a"]
+
+
+# -- studies ------------------------------------------------------------------------------------------------------------
+
+
+def test_studies_are_their_parts() -> None:
+    """Scores of samples of length one by the pool of all three tasks, and the tests of them, by name."""
+    model = load_model()
+    a, b, n = (task("", model, tokens(count, seed)) for count, seed in ((12, 0), (13, 1), (14, 2)))
+    found = overlap_test(a, b, n, kernel="whitened", n_permutations=1280, seed=3)
+    hypotheses, scores = sample_scores(a, b, n, kernel="whitened")
+    blocks = [block for _, block, _ in hypotheses]
+    expected = permutation_test(Scores(**scores), blocks, n_permutations=1280, seed=3)
+    names = ["address", "block", "head"]
+    assert list(found.frame.columns[:3]) == names and [tuple(row) for row in found.frame[names].to_numpy()] == hypotheses
+    pd.testing.assert_frame_equal(found.frame.drop(columns=["address", "head"]), expected.frame)
+    assert found.sizes == {"rows_a": 12, "rows_n": 14, "columns_b": 13, "columns_n": 14}
+    other = overlap_test(a, b, n, kernel="whitened", n_permutations=1280, seed=3, fisher=a, rho=1.0)
+    assert not np.allclose(other.frame.effect_row, found.frame.effect_row)
+    signed = conflict_test(a, b, n_permutations=1280)
+    scores = sample_scores(a, b, None, kernel="signed")[1]
+    expected = sign_flip_test(scores["rows_a"], scores["columns_b"], blocks, n_permutations=1280)
+    pd.testing.assert_frame_equal(signed.frame.drop(columns=["address", "head"]), expected.frame)
+
+
+def test_studies_are_refused_before_any_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = load_model(), FAMILIES["gpt2"].build()
+    a, b, n = (task("", model, tokens(count, seed)) for count, seed in ((8, 0), (9, 1), (10, 2)))
+    monkeypatch.setattr("surgery.analysis.interference.walk.Walk.__iter__", lambda self: pytest.fail("work was done"))
+    one, two = task("", model, tokens(1)), task("", model, tokens(2))
+    renamed = task("", model, tokens(9, 1), loss=metrics.Metric("other", "", loss().function))
+    given: list[tuple[Any, str]] = [
+        (lambda: overlap_test(a, b, None), "control: found no control; expected gradients of a control task"),
+        (lambda: overlap_test(a, tokens(), n), "b: found a Tensor; expected gradients"),
+        (lambda: overlap_test(one, b, n), "a: found 1 samples; expected at least 2"),
+        (lambda: overlap_test(a, b, a), "a and control: found the same 8 samples; expected samples of two tasks"),
+        (lambda: overlap_test(a, task("again", model, tokens(8, 0)), n), "a and b: found the same 8 samples"),
+        (lambda: overlap_test(a, b, n, kernel="signed"), "kernel: found 'signed', whose numbers have signs"),
+        (lambda: overlap_test(a, b, n, kernel="sigend"), "Did you mean 'signed'"),
+        (lambda: overlap_test(a, b, n, alpha=2, memory_mib=0), "2 problems"),
+        (lambda: overlap_test(two, b, task("", model, tokens(2, 5))), "attainable p of 0.167, as p_row has 6 labelings"),
+        (lambda: overlap_test(a, b, n, n_permutations=9), r"p of 0.1, as p_row has 9 labelings \(n_permutations\)"),
+        (lambda: overlap_test(a, b, task("", other, tokens(5))), "Collect all tasks on one model"),
+        (lambda: overlap_test(a, renamed, n), "gradients with loss: 'other'"),
+        (lambda: overlap_test(a, task("", model, tokens(9, 1), layers=[0]), n), "the same blocks of all"),
+        (lambda: overlap_test(a, b, n, fisher=3), "expected a Fisher, Gradients"),
+        (lambda: overlap_test(a, b, n, rho=0), "positive numbers"),
+        (lambda: conflict_test(a, a), "a and b: found the same 8 samples"),
+        (lambda: conflict_test(task("", model, tokens(4)), b), "p of 0.0625, as p_row has 16 flips of signs"),
+        (lambda: conflict_test(a, renamed), "gradients with loss: 'other'"),
+        (lambda: conflict_test(a, None), "b: found a NoneType"),
+    ]
+    for call, message in given:
+        with pytest.raises(SpecError, match=message):
+            call()
+    with pytest.raises(TypeError, match="control"):
+        overlap_test(a, b)  # type: ignore[call-arg]

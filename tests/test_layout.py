@@ -62,7 +62,8 @@ ORDER = [
     "surgery.analysis.interference.randomised", "surgery.analysis.interference.checks",
     "surgery.analysis.interference.sizes", "surgery.analysis.interference.tested", "surgery.analysis.interference.intervals",
     "surgery.analysis.interference.signed", "surgery.analysis.interference.statistics",
-    "surgery.analysis.interference.maps", "surgery.analysis.interference.scores", "surgery.analysis.interference",
+    "surgery.analysis.interference.maps", "surgery.analysis.interference.scores",
+    "surgery.analysis.interference.study", "surgery.analysis.interference.public", "surgery.analysis.interference",
     "surgery.analysis.public", "surgery.analysis",                                                        # findings
     "surgery.demo.data", "surgery.demo.train", "surgery.demo.subject", "surgery.demo.study",
     "surgery.demo.report", "surgery.demo",

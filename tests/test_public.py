@@ -10,6 +10,8 @@ import pytest
 
 import surgery
 import surgery.analysis
+import surgery.analysis.interference
+import surgery.analysis.interference.public
 import surgery.analysis.public
 import surgery.public
 
@@ -22,7 +24,7 @@ def test_every_public_name_is_that_of_its_module() -> None:
         assert name in dir(surgery)
 
 
-@pytest.mark.parametrize("package", [surgery, surgery.analysis])
+@pytest.mark.parametrize("package", [surgery, surgery.analysis, surgery.analysis.interference])
 def test_no_module_hides_a_public_name(package: ModuleType) -> None:
     names = package.__all__  # loads every module that they come from
     assert len(names) > 10

@@ -94,17 +94,23 @@ def empty_blocks(name: str, array: np.ndarray, blocks: np.ndarray, beside: dict[
     return problems
 
 
+def out_of_reach(what: str, draws: dict[str, Draws], alpha: float) -> list[str]:
+    """No p can reach alpha: too few samples, or permutations."""
+    fewest, ways, of = _fewest(what, draws)
+    if 1 / ways <= alpha:
+        return []
+    do = "Collect more samples." if fewest.exact else "Pass more n_permutations, or leave it out."
+    return [describe(what, f"a smallest attainable p of {1 / ways:.3g}, as {of}", f"one of at most alpha={alpha:g}", do)]
+
+
 def check_reach(what: str, draws: dict[str, Draws], hypotheses: int, alpha: float) -> None:
     """Raises SpecError where no p can reach alpha, warns where no single finding's p_fdr can."""
-    name, fewest = min(draws.items(), key=lambda item: item[1].count)
-    ways = fewest.count + (0 if fewest.exact else 1)
-    kind = "flips of signs" if what == "sign_flip_test" else "labelings"
-    of = f"p_{name} has {fewest.count:,} {kind} ({'all there are' if fewest.exact else 'n_permutations'})"
+    if problems := out_of_reach(what, draws, alpha):
+        raise SpecError(problems[0])
+    fewest, ways, of = _fewest(what, draws)
+    kind = _kind(what)
     needed = ceil(2 * hypotheses / alpha)
     do = "Collect more samples." if fewest.exact else f"Pass n_permutations={needed:,}, or leave it out."
-    if 1 / ways > alpha:
-        found = f"a smallest attainable p of {1 / ways:.3g}, as {of}"
-        raise SpecError(describe(what, found, f"one of at most alpha={alpha:g}", do))
     if hypotheses / ways > alpha:
         together = ceil(hypotheses / (alpha * ways))
         found = f"a smallest p of {1 / ways:.3g} for {hypotheses:,} hypotheses, as {of}: p_fdr is at least"
@@ -116,6 +122,17 @@ def check_reach(what: str, draws: dict[str, Draws], hypotheses: int, alpha: floa
         found = f"{fewest.count:,} {kind} for {hypotheses:,} hypotheses: p_fdr is at least {hypotheses / ways:.3g}"
         found += f" for a single finding, just below alpha={alpha:g}, and any permutation as high as the observed one ends it"
         warnings.warn(describe(what, found, f"at least {needed:,} of them (2 m / alpha)", do), UserWarning, stacklevel=3)
+
+
+def _kind(what: str) -> str:
+    return "flips of signs" if what in ("sign_flip_test", "conflict_test") else "labelings"
+
+
+def _fewest(what: str, draws: dict[str, Draws]) -> tuple[Draws, int, str]:
+    """The draws that are fewest, what their smallest p is one over, and both in words."""
+    name, fewest = min(draws.items(), key=lambda item: item[1].count)
+    of = f"p_{name} has {fewest.count:,} {_kind(what)} ({'all there are' if fewest.exact else 'n_permutations'})"
+    return fewest, fewest.count + (0 if fewest.exact else 1), of
 
 
 def numbers_of(which: np.ndarray, most: int = 8) -> str:
