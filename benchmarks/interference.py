@@ -1,7 +1,10 @@
-"""Interference maps against loops over pairs: `python -m benchmarks.interference [--quick] [--json FILE]`.
+"""Interference maps against loops over pairs: `python -m benchmarks.interference [--planted] [--quick] [--json FILE]`.
 
 A random GPT-2 of the small model's width, two tasks of random tokens. The loops are given every sample's gradient of one block,
 formed and kept; the map forms them from factors as it goes. Both compute the same map of one layer's block, and take turns.
+
+--planted: instead, what the tests of overlap and conflict find of what was planted in real attentions (`benchmarks.planted`),
+in `rounds` studies of other heads and samples each, and the level of the tests where nothing was. On the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import arguments, models, results
+from benchmarks import arguments, models, planted, results
 from benchmarks.results import Row, row
 from benchmarks.timing import pairs, take_turns
 from surgery.analysis.interference.gradients import collect
@@ -95,8 +98,58 @@ def _gradients(a: object, b: object, hypothesis: tuple[str, str, int]) -> Tensor
     return torch.cat([torch.stack([g.gradient(i, *hypothesis).flatten() for i in range(len(g))]) for g in (a, b)])  # type: ignore[attr-defined,arg-type]
 
 
+@dataclass(frozen=True)
+class PlantedSettings:
+    """Sizes of the studies, see `planted.Sizes`. rounds: studies; replicates: of the level."""
+
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+    rounds: int = 40
+    layers: int = 8
+    heads: int = 12
+    d_head: int = 4
+    length: int = 64
+    samples: int = 40
+    replicates: int = 200
+
+
+PLANTED_QUICK = PlantedSettings(rounds=1, layers=6, heads=6, length=32, replicates=4)
+
+
+def measure_planted(s: PlantedSettings) -> Iterator[Row]:
+    """Power, FDR and level; their targets are those of tests/test_interference_planted.py."""
+    sizes = planted.Sizes(s.layers, s.heads, s.d_head, s.length, s.samples)
+    planter = planted.Planter(planted.model(sizes, s.seed), sizes, s.seed)
+    size = f"{4 * len(planter.places())} hypotheses, {s.samples} samples a task"
+    for name, study in (("overlap_test", planted.overlap), ("conflict_test", planted.conflict)):
+        found = [study(planter, s.seed + number) for number in range(s.rounds)]
+        group = f"{name}: {s.rounds} studies of {size}"
+        yield row(group, "planted hypotheses that were missed", _rate([1 - one.power for one in found]), 0.05)
+        yield row(group, "false discovery rate", _rate([one.false for one in found]), 0.05)
+    shares = planted.level(planter.task("pool", 3 * s.samples), s.replicates, s.seed)
+    for way in ("p_row", "p_col"):
+        group = f"level: {s.replicates} replicates of {size}"
+        found = _rate(shares[way].tolist())
+        yield row(group, f"share of {way} at most 0.05", found, 0.06, 0.04 <= found["value"] <= 0.06)
+
+
+def _rate(values: list[float]) -> dict[str, float]:
+    """One number of all studies: rates are means."""
+    mean = sum(values) / len(values)
+    return {"value": mean, "low": mean, "high": mean}
+
+
 def main() -> None:
-    given = arguments.parser(__doc__, "a small model, to see that it runs").parse_args()
+    parser = arguments.parser(__doc__, "a small model, to see that it runs")
+    parser.add_argument("--planted", action="store_true", help="what the tests find of what was planted, in place of times")
+    given = parser.parse_args()
+    if given.planted:
+        if given.device != "cpu":
+            parser.error(f"--planted: found --device {given.device}; expected cpu, where its random numbers are drawn")
+        planted_settings = arguments.settings(given, PlantedSettings(), PLANTED_QUICK)
+        results.report("interference_planted", planted_settings, list(measure_planted(planted_settings)), given.json)
+        return
     settings = arguments.settings(given, Settings(), QUICK)
     results.report("interference", settings, list(measure(settings)), given.json)
 
