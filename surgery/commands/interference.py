@@ -60,9 +60,8 @@ def interference(
     the gradients of A and B point against each other there (conflict). A sample is a line: about 20 of each task and more.
     """
     with messages(debug):
+        from surgery.analysis.interference import collect, conflict_test, heatmap, overlap_test
         from surgery.analysis.interference.checks import FEWEST
-        from surgery.analysis.interference.gradients import collect
-        from surgery.analysis.interference.maps import heatmap
         from surgery.plots import save
         from surgery.pretrained import load_any, tokenizer_of
 
@@ -116,40 +115,6 @@ def interference(
         say(overlap)
         say(f"Opposed: {conflict}")
         say(f"Tables, pictures and report: {out}")
-
-
-def overlap_test(
-    a: Any,
-    b: Any,
-    control: Any,
-    *,
-    fisher: Any = None,
-    kernel: str = "qkov",
-    rho: float,
-    progress: bool = False,
-    **options: Any,
-) -> Any:
-    """Heads and blocks at which B disturbs A more than the control does, and A more than the control is disturbed."""
-    import pandas as pd
-
-    from surgery.analysis.interference.scores import sample_scores
-    from surgery.analysis.interference.statistics import Scores, permutation_test
-
-    hypotheses, scores = sample_scores(a, b, control, fisher, kernel, rho=rho, progress=progress)
-    frame = pd.DataFrame(hypotheses, columns=["address", "block", "head"])
-    return permutation_test(Scores(**scores), list(frame.block), hypotheses=frame, progress=progress, **options)
-
-
-def conflict_test(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Any:
-    """Heads and blocks at which the gradients of A and of B point against each other."""
-    import pandas as pd
-
-    from surgery.analysis.interference.scores import sample_scores
-    from surgery.analysis.interference.statistics import sign_flip_test
-
-    hypotheses, scores = sample_scores(a, b, None, kernel="signed", progress=progress)
-    frame = pd.DataFrame(hypotheses, columns=["address", "block", "head"])
-    return sign_flip_test(scores["rows_a"], scores["columns_b"], hypotheses=frame, progress=progress, **options)
 
 
 def _table(measured: Any, signed: Any, overlap: Any, conflict: Any) -> Any:
