@@ -137,6 +137,9 @@ def test_a_text_needs_a_tokenizer_and_a_test_its_control(folder: Path, tmp_path:
     words = asked(folder, tmp_path / "out")
     result = invoke(*words[:6], *words[8:])
     assert result.exit_code == 2 and "--control" in result.stderr
+    (tmp_path / "far.jsonl").write_text('{"input_ids": [1, 64]}\n' * 2, encoding="utf-8")
+    result = invoke(*(tmp_path / "far.jsonl" if word == folder / "a.jsonl" else word for word in words))
+    assert result.exit_code == 1 and "far.jsonl: found token 64; expected numbers below the model's 64" in result.stderr
     few = "\n".join((folder / "a.jsonl").read_text(encoding="utf-8").splitlines()[:2])
     (tmp_path / "few.jsonl").write_text(few, encoding="utf-8")
     given = [tmp_path / "few.jsonl" if word == folder / "a.jsonl" else word for word in words]

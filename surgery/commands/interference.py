@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from surgery.commands.data import Layers, layers_of
-from surgery.commands.lines import batches_of, read_lines
+from surgery.commands.lines import batches_of, read_lines, require_known
 from surgery.commands.report import write_report
 from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, messages, say, write_json
 
@@ -70,6 +70,8 @@ def interference(
         tokenizer, missing = tokenizer_of(model, trust_remote_code=trust_remote_code)
         given = {name: batches_of(some, tokenizer, missing, batch, length) for name, some in samples.items()}
         loaded = load_any(model, trust_remote_code=trust_remote_code).to(device_of(device))
+        for name, file in files.items():
+            require_known(file, given[name], loaded)
         is_shown = sys.stderr.isatty()
         a, b, n = (
             collect(

@@ -67,6 +67,15 @@ def batches_of(samples: list[Sample], tokenizer: Any, missing: str, size: int, m
     return found
 
 
+def require_known(path: Path, batches: list[dict[str, Any]], model: Any) -> None:
+    """Raises SurgeryError for numbers of tokens that a model does not know: on a GPU these end the process."""
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    if isinstance(known, int) and largest >= known:
+        do = "Take the tokenizer of this model."
+        raise SurgeryError(describe(str(path), f"token {largest}", f"numbers below the model's {known} tokens", do))
+
+
 def _sample(where: str, line: str) -> Sample:
     """One line. Raises SurgeryError for anything else than the two forms."""
     try:
