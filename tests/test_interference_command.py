@@ -147,3 +147,9 @@ def test_a_text_needs_a_tokenizer_and_a_test_its_control(folder: Path, tmp_path:
     assert (result.exit_code == 1 and "sign_flip_test" in result.stderr) or "smallest attainable p" in result.stderr
     with pytest.raises(SurgeryError, match="at least 3"):
         read_lines(tmp_path / "few.jsonl", 3)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--rho", 0), ("--rho", "nan"), ("--alpha", 1), ("--alpha", 0), ("--batch", 0)])
+def test_options_out_of_range_are_wrong_usage(folder: Path, tmp_path: Path, option: str, value: Any) -> None:
+    result = invoke(*asked(folder, tmp_path / "out", option, value))
+    assert result.exit_code == 2 and option in result.stderr and not (tmp_path / "out").exists()

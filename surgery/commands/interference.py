@@ -59,6 +59,10 @@ def interference(
     Two tests: whether samples of B meet those of A at a head more than samples of the control task do (overlap), and whether
     the gradients of A and B point against each other there (conflict). A sample is a line: about 20 of each task and more.
     """
+    if not rho > 0:
+        raise typer.BadParameter(f"{rho} is not above 0.", param_hint="--rho")
+    if not 0 < alpha < 1:
+        raise typer.BadParameter(f"{alpha} is not between 0 and 1.", param_hint="--alpha")
     with messages(debug):
         from surgery.analysis.interference import collect, conflict_test, heatmap, overlap_test
         from surgery.analysis.interference.checks import FEWEST
