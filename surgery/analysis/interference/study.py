@@ -42,6 +42,8 @@ def overlap_test(
       own would tell them from the control where nothing else does (see `Scores`).
     kernel: "qkov", "whitened" or "ewc". Other options, and what p, p_fdr, p_maxt and the effects are: `permutation_test`.
 
+    A sample's scores are compared with its median over a block's heads: of a task that raises more than half of them, few are
+    found.
     Rows have address, block, head (kv head for K and V). Raises SpecError before any gradient is formed: too few samples, no
     control, tasks of another model, loss or layers, the same samples as two tasks.
     """
