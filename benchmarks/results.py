@@ -30,6 +30,18 @@ def row(group: str, what: str, numbers: dict[str, Any], target: float | None = N
     return {"group": group, "what": what, **numbers, "target": target, "met": met}
 
 
+def by_cpu(what: str, numbers: dict[str, Any], device: str) -> tuple[str, dict[str, Any]]:
+    """Of runs of minutes on a CPU, the ratio of CPU times in place of that by the clock on the wall, which is kept beside it.
+
+    What else runs on a machine for minutes is no noise that medians of a few rounds take away.
+    """
+    if not device.startswith("cpu"):
+        return what, numbers
+    names = ("value", "low", "high")
+    wall = {f"wall_{name}": numbers[name] for name in names}
+    return f"CPU {what}", {**numbers, **wall, **{name: numbers[f"cpu_{name}"] for name in names}}
+
+
 def child(module: str, *arguments: str) -> Any:
     """Runs a measurement in a process of its own; its last line is JSON. Raises RuntimeError with what it said."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]

@@ -90,7 +90,7 @@ def measure(s: Settings) -> Iterator[Row]:
     }
     for (name, number), twin in zip(peers.installed().items(), others, strict=True):
         ways[f"{name} {number}"] = peer(name, twin)
-    group = f"surgery.analysis.Sweep: {len(specs)} heads of GPT-2, {s.batch} × {s.length} tokens, one position read"
+    group = f"{len(specs)} heads of GPT-2, {s.batch} × {s.length} tokens, one position read, by `surgery.analysis.Sweep`"
     some, every = range(0, len(specs), COMPARED), range(len(specs))
     expected = loop(some)
     gaps = {name: float((way(some) - expected).abs().max()) for name, way in ways.items() if way is not loop}
@@ -105,7 +105,7 @@ def measure(s: Settings) -> Iterator[Row]:
         target = None if "one position" in name else TARGETS[torch.device(s.device).type]
         if name != "Sweep":
             found = {**pairs(seconds, taken["Sweep"]).to_dict(), "difference": gaps.get(name, 0.0), "effect": effect}
-            yield row(group, f"time over that of {name}", found, target)
+            yield row(group, *results.by_cpu(f"time over that of {name}", found, s.device), target)
 
 
 def main() -> None:

@@ -297,6 +297,10 @@ def test_the_sweep_gives_the_numbers_of_the_plain_loop() -> None:
     plain, kept = list(sweep.measure(replace(sweep.QUICK, d_head=8)))[:2]
     assert (plain["target"], kept["target"]) == (sweep.TARGETS["cpu"], None) and plain["value"] > 0 < kept["value"]
     assert kept["difference"] < 1e-5 < plain["effect"]
+    assert plain["what"] == "CPU time over that of the plain loop" and plain["value"] == plain["cpu_value"]
+    wall = {"value": 2.0, "low": 1.0, "high": 3.0, "cpu_value": 0.5, "cpu_low": 0.4, "cpu_high": 0.6}
+    assert results.by_cpu("time", wall, "cuda") == ("time", wall)
+    assert numbers(results.by_cpu("time", wall, "cpu")[1]) == (0.5, 0.4, 0.6)
 
 
 def test_a_way_that_gives_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
