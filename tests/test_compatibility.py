@@ -245,7 +245,8 @@ def test_attention_that_cannot_be_patched_is_listed(monkeypatch: pytest.MonkeyPa
 # -- shown ------------------------------------------------------------------------------------------------------------------
 
 
-def test_tables_and_data() -> None:
+def test_tables_and_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # where sentences are not broken
     found: Compatibility = compatibility(_build("deepseek_v3")[0])
     text = str(found)
     assert "self.0 to self.1" in text and "all but k" in text and "k is joined from the projections" in text

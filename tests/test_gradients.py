@@ -111,7 +111,8 @@ def test_frozen_parameters_show_what_they_would_get() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_weights_without_a_gradient_say_why() -> None:
+def test_weights_without_a_gradient_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # where sentences are not broken
     family = FAMILIES["deepseek_v3"]
     found = check_gradients(family.build(), Freeze("ov", layers=[0], heads=[1]), family.inputs())
     row = found.weights[(found.weights.address == "self.0") & (found.weights.weight == "W_K")]
