@@ -156,6 +156,119 @@ def test_fused_and_separate_storage_give_the_same() -> None:
     torch.testing.assert_close(maps[0].maps, maps[1].maps, rtol=2e-3, atol=1e-5)  # quotients of small numbers
 
 
+def ungrouped(model: Any) -> Any:
+    """The same Llama with a copy of k and v for every query head: W_K's gradient of a copy is what came through its head."""
+    c = LlamaConfig(**{**model.config.to_dict(), "num_key_value_heads": model.config.num_attention_heads})
+    state, group = model.state_dict(), model.config.num_attention_heads // model.config.num_key_value_heads
+    for name, weight in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = weight.unflatten(0, (-1, c.head_dim)).repeat_interleave(group, 0).flatten(0, 1)
+    found = LlamaForCausalLM(c).eval()
+    found.load_state_dict(state)
+    return found
+
+
+def test_query_heads_are_those_of_a_model_without_groups() -> None:
+    model, ids = FAMILIES["llama"].build(), tokens()
+    a, b = task("", model, ids[:3]), collect(model, [ids[3:5], ids[5:]], query_heads=True, progress=False)
+    twin = task("", ungrouped(model), ids[3:])
+    plain, found = heatmap(a, b), heatmap(a, b, query_heads=True)
+    assert [h for h in found.hypotheses if h[1] in "QO"] == [h for h in plain.hypotheses if h[1] in "QO"]
+    assert len([h for h in found.hypotheses if h[1] == "K"]) == 2 * len([h for h in plain.hypotheses if h[1] == "K"])
+    for block in b.blocks.values():
+        if block.name in "QO":
+            assert block.group == 1
+            for head in range(block.heads):
+                assert torch.equal(found.map(block.address, block.name, head), plain.map(block.address, block.name, head))
+            continue
+        gi = torch.stack([stack(a, block.address, block.name, h) for h in range(block.heads)])
+        gj = torch.stack([stack(b, block.address, block.name, h) for h in range(block.heads)])
+        reference = torch.cat([gi, gj], 1).square().mean(1)
+        reference = reference + 1e-3 * reference.mean()
+        for head in range(2 * block.heads):
+            through = stack(twin, block.address, block.name, head)
+            kv = head // 2
+            expected = torch.einsum("ip,jp->ij", gi[kv].square() / reference[kv], gj[kv].sign() * through)
+            scale = float(plain.map(block.address, block.name, kv).max())
+            torch.testing.assert_close(
+                found.map(block.address, block.name, head).double(), expected, rtol=1e-3, atol=1e-5 * scale
+            )
+    assert found.maps is not None and (found.maps < 0).any(), "a part may point against the whole"
+
+
+def stack(g: Gradients, *hypothesis: Any) -> Tensor:
+    """(sample, parameter) float64."""
+    return torch.stack([g.gradient(i, *hypothesis).double().flatten() for i in range(len(g))])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["falcon_grouped", "phi3", "qwen3"])
+def test_query_heads_add_up_to_their_kv_head(name: str, kernel: str) -> None:
+    model, ids = FAMILIES[name].build(), tokens()
+    a, b = task("", model, ids[:3], biases=True), task("", model, ids[3:], biases=True, query_heads=True)
+    whole, parts = heatmap(a, b, kernel=kernel), heatmap(a, b, kernel=kernel, query_heads=True)
+    assert whole.maps is not None and parts.maps is not None
+    for (address, block, head), table in zip(whole.hypotheses, whole.maps, strict=True):
+        group = b.blocks[f"{address}.{block}"].group
+        some = [parts.map(address, block, head * group + member) for member in range(group)]
+        assert group == 1 or all(part.any() for part in some)
+        # Sums in another order, of parts that may cancel.
+        torch.testing.assert_close(sum(some), table, rtol=1e-4, atol=1e-5 * float(table.abs().max()))
+
+
+def test_a_query_head_whose_z_is_cut_has_no_share() -> None:
+    model, ids = FAMILIES["llama"].build(), tokens()
+    with patched(model, Freeze("ov", [1], [2])):
+        a, b = task("", model, ids[:3]), task("", model, ids[3:], query_heads=True)
+        whole, parts = heatmap(a, b), heatmap(a, b, query_heads=True)
+    for block in "KV":
+        assert not parts.map("self.1", block, 2).any()
+        torch.testing.assert_close(parts.map("self.1", block, 3), whole.map("self.1", block, 1), rtol=1e-6, atol=0)
+
+
+def test_query_heads_that_were_not_kept_apart_are_refused(tmp_path: Path) -> None:
+    model, ids = FAMILIES["llama"].build(), tokens()
+    a, b = task("", model, ids[:3]), task("", model, ids[3:], query_heads=True)
+    with pytest.raises(SpecError, match=r"by kv head alone \(self.0.K, .*Collect them with query_heads=True"):
+        heatmap(b, a, query_heads=True)
+    b.save(tmp_path / "b")
+    again = Gradients.load(tmp_path / "b", model)
+    assert torch.equal(heatmap(a, again, query_heads=True).maps, heatmap(a, b, query_heads=True).maps)
+    with pytest.raises(SpecError, match="query_heads: True; expected query_heads: False"):
+        collect(model, ids[3:], resume=tmp_path / "b", progress=False)
+    single = load_model()
+    assert all(block.group == 1 for block in task("", FAMILIES["gpt2"].build(), ids).blocks.values())
+    c, d = (task("", single, some, query_heads=True) for some in (ids[:3], ids[3:]))
+    assert [h for h in heatmap(c, d, query_heads=True).hypotheses if h[1] == "K"] == [
+        (address, "K", head) for address in ("self.0", "self.1") for head in range(4)
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bloom", "qwen2", "bert"])
+def test_biases_are_the_weights_of_an_input_that_is_one(name: str) -> None:
+    model, ids = FAMILIES[name].build(), tokens(3)
+    found, without = task(name, model, ids, biases=True), task(name, model, ids)
+    inputs = {"input_ids": ids} | ({"labels": ids.flip(1)} if name == "bert" else {})
+    by_weight = slow(model, inputs)
+    scale = max(float(gradient.abs().max()) for weight, gradient in by_weight.items() if "bias" in weight)
+    for attention in anatomy_of(model):
+        for block in "QKVO":
+            projection = attention.projections[block.lower()]
+            for head, channels in enumerate(projection.channels):
+                hypothesis = (attention.address, block, head)
+                for sample in range(3):
+                    plain = without.gradient(sample, *hypothesis)
+                    if block == "O":
+                        assert torch.equal(found.gradient(sample, *hypothesis), plain)
+                        continue
+                    whole = found.gradient(sample, *hypothesis)
+                    bias = by_weight[f"{projection.path}.bias"][sample, channels]
+                    assert torch.equal(whole[:-1], plain)
+                    torch.testing.assert_close(whole[-1], bias, rtol=1e-4, atol=1e-6 * scale)
+    with pytest.raises(SpecError, match="gradients with biases: False"):
+        heatmap(found, without)
+
+
 def test_nothing_is_left_behind() -> None:
     model, ids = load_model(), tokens()
     model.model.layers[0].requires_grad_(False)
@@ -427,12 +540,12 @@ def test_a_collection_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytes
 
     collected = module._collected
 
-    def stopping(*args: Any) -> Any:
+    def stopping(*args: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count == 3:
             raise KeyboardInterrupt
-        return collected(*args)
+        return collected(*args, **options)
 
     monkeypatch.setattr(module, "_collected", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -446,6 +559,25 @@ def test_a_collection_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytes
         collect(model, given, task="y", resume=tmp_path / "x", progress=False)
     with pytest.raises(SpecError, match="found other data in batch 1"):
         collect(model, [given[0], given[2], given[1]], task="x", resume=tmp_path / "x", progress=False)
+    (tmp_path / "x" / "00001.safetensors").unlink()
+    with pytest.raises(SpecError, match="found 2 of 3 batches"):
+        Gradients.load(tmp_path / "x", model)
+
+
+def test_weights_are_a_part_of_a_model(tmp_path: Path) -> None:
+    model, ids = load_model(), tokens(4)
+    before = collect(model, ids[:2], resume=tmp_path / "x", progress=False)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    after = task("", model, ids[2:])
+    with pytest.raises(SpecError, match=r"gradients with weights: .*Collect all tasks on one model"):
+        heatmap(before, after)
+    with pytest.raises(SpecError, match="weights: "):
+        collect(model, ids[:2], resume=tmp_path / "x", progress=False)
+    with pytest.raises(SpecError, match="weights: "):
+        Gradients.load(tmp_path / "x", model)
+    with patched(model, Freeze("ov", [1], [2])), pytest.raises(SpecError, match="gradients with cuts: "):
+        heatmap(after, task("", model, ids[:2]))
 
 
 def test_what_cannot_be_collected_is_refused() -> None:

@@ -74,7 +74,7 @@ def test_two_tasks_that_share_a_circuit(folder: Path, tmp_path: Path, monkeypatc
     import surgery.analysis.interference.gradients as gradients
 
     once = gradients._collected
-    monkeypatch.setattr(gradients, "_collected", lambda *given: read.append(1) or once(*given))
+    monkeypatch.setattr(gradients, "_collected", lambda *given, **options: read.append(1) or once(*given, **options))
     assert data(*asked(folder, tmp_path, "--resume"))["rows"] == found["rows"] and len(read) == 1
 
 

@@ -56,7 +56,7 @@ ORDER = [
     "surgery.analysis.logit_attribution", "surgery.analysis.outcome", "surgery.analysis.pairs",
     "surgery.analysis.patching", "surgery.analysis.paths", "surgery.analysis.tokens",
     "surgery.analysis.vectors", "surgery.analysis.steering", "surgery.analysis.structure",
-    "surgery.analysis.interference.store", "surgery.analysis.interference.factors",
+    "surgery.analysis.interference.files", "surgery.analysis.interference.store", "surgery.analysis.interference.factors",
     "surgery.analysis.interference.gradients", "surgery.analysis.interference.fisher",
     "surgery.analysis.interference.kernels", "surgery.analysis.interference.walk",
     "surgery.analysis.interference.randomised", "surgery.analysis.interference.checks",

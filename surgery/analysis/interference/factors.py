@@ -26,18 +26,24 @@ BLOCKS = {"Q": "q", "K": "k", "V": "v", "O": "o"}
 class Block:
     """One projection of one attention: a part for each head (Q, O) or kv head (K, V).
 
-    A head's gradient is (wide, narrow): wide is the side that all heads share (d_in of Q, K, V, d_model of O), narrow the
-    head's own channels.
+    A head's gradient is (wide, narrow): wide is the side that all heads share (d_in of Q, K, V, and one more if there is a
+    bias; d_model of O), narrow the head's own channels. group: query heads that read one of its heads.
     """
 
     address: str
     name: str
     projection: Projection
     heads: int
+    group: int
 
     @property
     def key(self) -> str:
         return f"{self.address}.{self.name}"
+
+    @property
+    def split_key(self) -> str:
+        """Of the same, split over the query heads that read each head."""
+        return f"{self.key} by query head"
 
     @property
     def narrow(self) -> int:
@@ -54,54 +60,120 @@ def blocks_of(attentions: Sequence[Attention]) -> tuple[list[Block], list[str]]:
             if projection is None:
                 missing.append(f"{attention.address}.{name}: {attention.why.get(site, 'it comes from no single projection')}")
             else:
-                found.append(Block(attention.address, name, projection, len(projection.channels)))
+                heads = len(projection.channels)
+                found.append(Block(attention.address, name, projection, heads, attention.heads // heads))
     return found, missing
 
 
 @dataclass(eq=False)
 class _Call:
-    """What a module read in one call, and the zeros that were added to what it gave."""
+    """What a module read in one call, in the graph, and the zeros that were added to what it gave."""
 
     read: Tensor
     nudge: Tensor
 
 
 def factors(
-    model: nn.Module, blocks: Sequence[Block], rows: int, losses: Callable[[], Tensor]
+    model: nn.Module,
+    blocks: Sequence[Block],
+    rows: int,
+    losses: Callable[[], Tensor],
+    *,
+    biases: bool = False,
+    query_heads: bool = False,
 ) -> tuple[dict[str, Any], Tensor]:
     """By key of a block (wide (sample, position, d), narrow (sample, position, head · channel)), and the losses (sample,).
 
-    losses: runs one forward of `rows` samples, each computed by itself, and gives each one's loss. Raises SurgeryError for a
-    projection that does not map (…, d_in) to (…, d_out), or that the forward does not call.
+    losses: runs one forward of `rows` samples, each computed by itself, and gives each one's loss. biases: a bias is the
+    weight of an input that is 1. query_heads: also by `split_key`, for blocks that groups of query heads read, the part of
+    narrow that came through each of these, (sample, position, query head · channel). Raises SurgeryError for a projection
+    that does not map (…, d_in) to (…, d_out), or that the forward does not call.
     """
     modules = {block.projection.path: model.get_submodule(block.projection.path) for block in blocks}
-    calls: dict[int, list[_Call]] = {id(module): [] for module in modules.values()}
+    by_module: dict[int, list[_Call]] = {id(module): [] for module in modules.values()}
+    calls = {block.key: by_module[id(modules[block.projection.path])] for block in blocks}
 
     def record(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         read = args[0] if args else next(iter(kwargs.values()))
         nudge = torch.zeros_like(output, requires_grad=True)
-        calls[id(module)].append(_Call(read.detach(), nudge))
+        by_module[id(module)].append(_Call(read, nudge))
         return output + nudge
 
     with torch.enable_grad():
         with around(list({id(module): module for module in modules.values()}.values()), record):
             found = losses()
-        every = [call for some in calls.values() for call in some]
-        if silent := [path for path, module in modules.items() if not calls[id(module)]]:
+        if silent := [path for path, module in modules.items() if not by_module[id(module)]]:
             do = "Leave their layers out by layers=, or pass inputs that reach them."
             raise SurgeryError(describe("collect", f"no call of {', '.join(silent)}", "a forward that runs every block", do))
-        gradients = torch.autograd.grad(found.sum(), [call.nudge for call in every], allow_unused=True)
-    behind = {id(c): torch.zeros_like(c.nudge) if g is None else g for c, g in zip(every, gradients, strict=True)}
+        sought = [call.nudge for some in by_module.values() for call in some]
+        if query_heads:
+            sought += [call.read for block in blocks if block.name == "O" for call in calls[block.key]]
+        behind = _gradients(found.sum(), sought, keep=query_heads)
+        split = _through_query_heads(blocks, calls, behind) if query_heads else {}
     parts: dict[str, Any] = {}
     shared: dict[Any, Tensor] = {}
     for block in blocks:
-        some = calls[id(modules[block.projection.path])]
-        read = _joined([call.read for call in some], block, rows, shared)
-        given = _joined([behind[id(call)] for call in some], block, rows, shared)
+        some = calls[block.key]
+        read = _joined([call.read.detach() for call in some], block, rows, shared)
+        if biases and block.name != "O" and getattr(modules[block.projection.path], "bias", None) is not None:
+            read = _with_ones(read, shared)
+        given = _joined([behind[call.nudge] for call in some], block, rows, shared)
         wide, narrow = (given, read) if block.name == "O" else (read, given)
-        parts[block.key] = wide, narrow[..., block.projection.channels.flatten().to(narrow.device)]
+        channels = block.projection.channels.to(narrow.device)
+        parts[block.key] = wide, narrow[..., channels.flatten()]
+        if block.split_key in split:
+            members = [_joined(of_calls, block, rows, shared)[..., channels] for of_calls in split[block.split_key]]
+            parts[block.split_key] = wide, torch.stack(members, 3).flatten(2)  # heads, then members of their groups
     return parts, found.detach()
+
+
+def _gradients(
+    output: Tensor, inputs: list[Tensor], along: Tensor | None = None, *, keep: bool = False
+) -> dict[Tensor, Tensor]:
+    """By input, its gradient; zeros where it has no part in the output."""
+    found = torch.autograd.grad(output, inputs, along, retain_graph=keep, allow_unused=True)
+    return {i: torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)}
+
+
+def _through_query_heads(
+    blocks: Sequence[Block], calls: dict[str, list[_Call]], behind: dict[Tensor, Tensor]
+) -> dict[str, list[list[Tensor]]]:
+    """By split_key, member of the groups and call: the gradient of what k or v gives that came through these query heads.
+
+    Members go together: the gradient of z is kept for one query head of every group, and taken back through the attention.
+    """
+    writing = {block.address: block for block in blocks if block.name == "O"}
+    found: dict[str, list[list[Tensor]]] = {}
+    for block in blocks:
+        if block.group == 1:
+            continue
+        out = writing[block.address]
+        if len(calls[out.key]) != len(calls[block.key]):
+            what = f"{len(calls[block.key])} calls of {block.projection.path}, {len(calls[out.key])} of {out.projection.path}"
+            raise SurgeryError(describe("collect", what, "as many, to tell query heads apart", "Leave out query_heads=True."))
+        members = [out.projection.channels[member :: block.group].flatten() for member in range(block.group)]
+        found[block.split_key] = [
+            [
+                _gradients(to.read, [at.nudge], _only(behind[to.read], channels), keep=True)[at.nudge]
+                for to, at in zip(calls[out.key], calls[block.key], strict=True)
+            ]
+            for channels in members
+        ]
+    return found
+
+
+def _only(gradient: Tensor, channels: Tensor) -> Tensor:
+    """The same at some channels, and zero at all others."""
+    channels = channels.to(gradient.device)
+    return torch.zeros_like(gradient).index_copy(-1, channels, gradient[..., channels])
+
+
+def _with_ones(read: Tensor, shared: dict[Any, Tensor]) -> Tensor:
+    """(sample, position, d + 1): the input of a bias beside those of the weight."""
+    if id(read) not in shared:
+        shared[id(read)] = torch.cat([read, read.new_ones(*read.shape[:-1], 1)], -1)
+    return shared[id(read)]
 
 
 def _joined(tensors: list[Tensor], block: Block, rows: int, shared: dict[Any, Tensor]) -> Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from surgery.analysis.interference.factors import weight_gradient
+from surgery.analysis.interference.files import read_about, read_tensors, write_tensors
 from surgery.analysis.interference.gradients import Gradients
 from surgery.errors import SpecError, describe
+
+KIND = "a Fisher reference"
 
 
 class Fisher:
@@ -67,25 +66,14 @@ class Fisher:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"beta": self.beta, "count": self.count, "about": self.about}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(self._sums, unfinished, metadata={"fisher": json.dumps(about)})
-        os.replace(unfinished, path)
+        write_tensors(path, KIND, {"beta": self.beta, "count": self.count, "about": self.about}, self._sums)
 
     @classmethod
     def load(cls, path: str | Path) -> Fisher:
         """What `save` wrote. Raises SpecError for another file."""
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["fisher"])
-                found = cls(about["beta"])
-                found._sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, KeyError, ValueError) as error:
-            do = "Name a file that Fisher.save wrote."
-            raise SpecError(describe(f"{str(path)!r}", f"{type(error).__name__}: {error}", "a Fisher reference", do)) from None
-        found.count, found.about = about["count"], about["about"]
+        known = read_about(path, KIND)
+        found = cls(known["beta"])
+        found.count, found.about, found._sums = known["count"], known["about"], read_tensors(path)
         return found
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,13 +14,15 @@ from tqdm import tqdm
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.interference.factors import Block, blocks_of, factors, squared_norms, weight_gradient
 from surgery.analysis.interference.store import SUFFIX, Part
+from surgery.analysis.journal import digest
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.metrics import loss as next_token_loss
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe, listing
 from surgery.evaluation import uncached
 from surgery.patch import anatomy_of, cuts_of, patched
 
-VERSION = 1
+VERSION = 2
+DESCRIPTION = "gradients.json"
 
 
 class Gradients:
@@ -48,7 +49,8 @@ class Gradients:
     def gradient(self, sample: int, address: str, block: str, head: int) -> Tensor:
         """(d_in, channel) float32 of Q, K, V, (channel, d_model) of O: one sample's gradient of a head's part of a weight.
 
-        For K and V head is a kv head. Formed here alone, for looking: maps never hold it whole.
+        For K and V head is a kv head. With biases=True the last row of Q, K and V is the bias's where there is one. Formed
+        here alone, for looking: maps never hold it whole.
         """
         found = self._block(address, block)
         for part in self.parts:
@@ -66,18 +68,23 @@ class Gradients:
 
     def squared_norms(self, key: str) -> Tensor:
         """(sample,) float64: of one block."""
-        return torch.cat([squared_norms(part.factor(key)) for part in self.parts])
+        return torch.tensor([norm for part in self.parts for norm in part.about["squared_norms"][key]], dtype=torch.float64)
+
+    def is_split(self, block: Block) -> bool:
+        """Whether the gradients of a block's heads were kept apart by query head."""
+        return all(block.split_key in part.names for part in self.parts)
 
     def factors(self, key: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(wide, narrow) of a block, batch by batch."""
+        """(wide, narrow) of a block, by its key or split_key, batch by batch."""
         return (part.factor(key) for part in self.parts)
 
     def save(self, folder: str | Path) -> None:
         """Writes one safetensors file for each batch, and gradients.json. Raises SpecError for a folder of something else."""
         folder = Path(folder)
-        _claim(folder, self.task, self.about, self.blocks.values())
+        is_split = any(map(self.is_split, self.blocks.values()))
+        _claim(folder, self.task, self.about, self.blocks.values(), len(self.parts), is_split)
         for number, part in enumerate(self.parts):
-            part.whole().write(folder / f"{number:05}{SUFFIX}")
+            part.whole().write(_file(folder, number))
 
     @classmethod
     def load(cls, folder: str | Path, model: Any) -> Gradients:
@@ -89,10 +96,15 @@ class Gradients:
         known = _known(folder)
         blocks, _ = blocks_of(list(anatomy_of(model)))
         chosen = [block for block in blocks if block.key in known["blocks"]]
-        if known["about"]["model"] != anatomy_of(model).fingerprint:
-            raise _another(folder, known["about"]["model"], anatomy_of(model).fingerprint)
-        parts = [Part.read(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
-        return cls(known["task"], chosen, parts, known["about"])
+        for what, present in (("model", anatomy_of(model).fingerprint), ("weights", _weights(model))):
+            if known["about"][what] != present:
+                raise _another(folder, f"{what}: {known['about'][what]}", f"{what}: {present}")
+        files = [_file(folder, number) for number in range(known["batches"])]
+        if missing := [file for file in files if not file.exists()]:
+            found = f"{len(files) - len(missing)} of {known['batches']} batches"
+            do = "Let collect(resume=...) go on with it."
+            raise SpecError(describe(f"{str(folder)!r}", found, "all of them", do))
+        return cls(known["task"], chosen, [Part.read(file) for file in files], known["about"])
 
     def _block(self, address: str, block: str) -> Block:
         key = f"{address}.{block}"
@@ -113,6 +125,8 @@ def collect(
     task: str = "task",
     *,
     layers: Any = "all",
+    biases: bool = False,
+    query_heads: bool = False,
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> Gradients:
@@ -123,7 +137,11 @@ def collect(
       the sum of weight and adapter).
     data: batches as elsewhere; every row is a sample. loss: a Metric, or a callable of the output that gives one number for
       each row; by default the mean cross entropy of a sample's tokens (`metrics.loss`).
-    layers: numbers or addresses. resume: a folder for the factors, where an interrupted collection goes on; else they are
+    layers: numbers or addresses. biases: those of Q, K and V count as weights of an input that is 1, one more row of each
+      head's gradient (that of O belongs to no head).
+    query_heads: where query heads share heads of k and v, keep apart what comes through each of them, for
+      `heatmap(query_heads=True)`: so many more gradients at k and v, and a backward of each attention for each.
+    resume: a folder for the factors, where an interrupted collection goes on; else they are
       kept in memory: 4 bytes × samples × positions × about 6 d_model for each layer (2 for half precision).
     Raises SpecError (mode, data, samples without a loss or with one that is not finite), UnsupportedArchitectureError where a
     projection cannot be derived.
@@ -135,39 +153,41 @@ def collect(
     if missing:
         raise UnsupportedArchitectureError(listing("collect", [*missing, "Leave these layers out by layers=."]))
     spec, kernel = cuts_of(model)
-    about = {"model": anatomy.fingerprint, "cuts": spec.fingerprint(), "loss": metric.name, "biases": False}
+    about: dict[str, Any] = {"model": anatomy.fingerprint, "weights": _weights(model)}
+    about |= {"cuts": spec.fingerprint(), "loss": metric.name, "biases": biases}
     folder = None if resume is None else Path(resume)
     done: dict[int, Part] = {}
     if folder is not None:
-        done = _claim(folder, task, about, blocks)
+        done = _claim(folder, task, about, blocks, len(given), query_heads)
     parts = []
     with patched(model, spec, kernel=kernel), tqdm(total=len(given), desc=f"gradients of {task}", disable=not progress) as bar:
         for number, batch in enumerate(given):
-            digest = _digest(batch)
+            data = digest(sorted(batch.items()))
             part = done.get(number)
-            if part is not None and part.about["data"] != digest:
+            if part is not None and part.about["data"] != data:
                 raise _another(folder, f"other data in batch {number}", "the data that were collected there")
             if part is None:
-                part = _collected(model, batch, blocks, metric, digest)
+                part = _collected(model, batch, blocks, metric, data, biases=biases, query_heads=query_heads)
                 if folder is not None:
-                    part.write(folder / f"{number:05}{SUFFIX}")
+                    part.write(_file(folder, number))
             parts.append(part)
             bar.update()
     return Gradients(task, blocks, parts, about)
 
 
-def _collected(model: Any, batch: Batch, blocks: Sequence[Block], metric: Metric, digest: str) -> Part:
+def _collected(model: Any, batch: Batch, blocks: Sequence[Block], metric: Metric, data: str, **options: bool) -> Part:
     rows = rows_of(batch)
-    found, losses = factors(model, blocks, rows, _losses(model, batch, metric, rows))
-    norms = sum(squared_norms(factor) for factor in found.values())
-    assert isinstance(norms, Tensor)
+    found, losses = factors(model, blocks, rows, _losses(model, batch, metric, rows), **options)
+    by_block = {block.key: squared_norms(found[block.key]) for block in blocks}
+    norms = torch.stack(list(by_block.values())).sum(0)
     wrong = [str(n) for n in range(rows) if not (losses[n].isfinite() and norms[n].isfinite() and norms[n] > 0)]
     if wrong:
         what = f"samples {', '.join(wrong)} of a batch of {rows}"
         expected = "a finite loss and a gradient in each"
         do = "Leave samples without tokens that count out (labels of -100, padding)."
         raise SpecError(describe(f"collect: {what}", "no loss, or a gradient that is zero or not finite", expected, do))
-    return Part.of(found, {"losses": losses.double().tolist(), "data": digest})
+    kept = {key: squares.tolist() for key, squares in by_block.items()}
+    return Part.of(found, {"losses": losses.double().tolist(), "data": data, "squared_norms": kept})
 
 
 def _losses(model: Any, batch: Batch, metric: Metric, rows: int) -> Callable[[], Tensor]:
@@ -200,42 +220,43 @@ def _refuse(model: Any) -> None:
         raise SpecError(listing("collect", problems))
 
 
-def _digest(batch: Batch) -> str:
-    found = hashlib.sha256()
-    for name, value in sorted(batch.items()):
-        found.update(name.encode())
-        if isinstance(value, Tensor):
-            found.update(repr((value.dtype, tuple(value.shape))).encode())
-            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
-        found.update(repr(value).encode() if not isinstance(value, Tensor) or not value.dim() else b"")
-    return found.hexdigest()
+def _weights(model: Any) -> str:
+    """A hash: gradients of other weights are those of another model."""
+    return digest(model.state_dict().items())
 
 
-def _claim(folder: Path, task: str, about: dict[str, Any], blocks: Any) -> dict[int, Part]:
-    """Makes a folder one of these gradients, or finds what it has of them by number of batch. Raises SpecError."""
-    content = {"version": VERSION, "task": task, "about": about, "blocks": [block.key for block in blocks]}
-    path = folder / "gradients.json"
+def _claim(folder: Path, task: str, about: dict[str, Any], blocks: Any, number: int, query_heads: bool) -> dict[int, Part]:
+    """Makes a folder one of so many batches of these gradients, or finds what it has of them. Raises SpecError."""
+    content: dict[str, Any] = {"version": VERSION, "task": task, "about": about, "query_heads": query_heads}
+    content["blocks"] = [block.key for block in blocks]
+    path = folder / DESCRIPTION
+    done = {}
     if path.exists():
         known = _known(folder)
-        if known != content:
-            keys = [key for key in content if known.get(key) != content[key]]
-            raise _another(folder, *("; ".join(f"{key}: {c.get(key)!r}" for key in keys) for c in (known, content)))
-        return {int(file.stem): Part.read(file) for file in sorted(folder.glob(f"*{SUFFIX}"))}
-    if folder.exists() and any(folder.iterdir()):
+        old, new = ({**c, **c["about"], "about": None} for c in (known, content))
+        if keys := [key for key in new if old.get(key) != new[key]]:
+            raise _another(folder, *("; ".join(f"{key}: {c.get(key)!r}" for key in keys) for c in (old, new)))
+        done = {n: Part.read(_file(folder, n)) for n in range(number) if _file(folder, n).exists()}
+    elif folder.exists() and any(folder.iterdir()):
         raise _another(folder, "a folder with other files", "an empty one, or one that was collected into")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return {}
+    path.write_text(json.dumps({**content, "batches": number}, indent=1) + "\n", encoding="utf-8")
+    return done
 
 
 def _known(folder: Path) -> dict[str, Any]:
     try:
-        known = json.loads((folder / "gradients.json").read_text(encoding="utf-8"))
-        if known["version"] != VERSION or not {"task", "about", "blocks"} <= set(known):
+        known = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if known["version"] != VERSION or not {"task", "about", "blocks", "batches"} <= set(known):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise _another(folder, "no gradients.json that can be read", "a folder that gradients were collected into") from None
+        found = f"no {DESCRIPTION} that can be read"
+        raise _another(folder, found, "a folder that gradients were collected into") from None
     return known
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}{SUFFIX}"
 
 
 def _another(folder: Any, found: str, expected: str) -> SpecError:

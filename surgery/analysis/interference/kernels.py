@@ -8,6 +8,9 @@ With g the gradients of a part of a head, I the Fisher reference and r = ρ · m
   tell heads that oppose one another from those that co-operate; heads and blocks add up to −cos of the whole gradients.
 * "ewc": ⟨g_i², g_j²⟩: the penalty of elastic weight consolidation (Kirkpatrick et al. 2017) on B's step, without its constant.
 
+Each is linear in one factor g_j, so that a part of it, such as what came through one query head, has its share: the numbers of
+parts add up to that of the whole, ⟨g_i² / (I + r), sign(g_j) ⊙ part⟩ of "qkov".
+
 A degeneracy to know: with A's own mean of squares as I and r → 0, the mean of "qkov" over A is ‖g_j‖₁, which says nothing of A.
 """
 
@@ -23,14 +26,14 @@ from surgery.errors import SpecError, closest, describe
 
 @dataclass(frozen=True)
 class Kernel:
-    """left(g_i, I + r), right(g_j, I + r): of any shape, whose products are summed. is_unit: samples have length one.
+    """left(g_i, I + r), right(g_j, a part of g_j or all of it, I + r): whose products are summed. is_unit: of length one.
 
     needs_fisher: whether it looks at I at all.
     """
 
     name: str
     left: Callable[[Tensor, Tensor], Tensor]
-    right: Callable[[Tensor, Tensor], Tensor]
+    right: Callable[[Tensor, Tensor, Tensor], Tensor]
     is_unit: bool = False
     needs_fisher: bool = True
 
@@ -38,10 +41,10 @@ class Kernel:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("qkov", lambda g, f: g.square().div_(f), lambda g, f: g.abs()),
-        Kernel("whitened", lambda g, f: g.square().div_(f), lambda g, f: g.abs().div_(f.sqrt())),
-        Kernel("signed", lambda g, f: -g, lambda g, f: g, is_unit=True, needs_fisher=False),
-        Kernel("ewc", lambda g, f: g.square(), lambda g, f: g.square(), needs_fisher=False),
+        Kernel("qkov", lambda g, f: g.square().div_(f), lambda g, part, f: g.sign().mul_(part)),
+        Kernel("whitened", lambda g, f: g.square().div_(f), lambda g, part, f: g.sign().mul_(part).div_(f.sqrt())),
+        Kernel("signed", lambda g, f: -g, lambda g, part, f: part, is_unit=True, needs_fisher=False),
+        Kernel("ewc", lambda g, f: g.square(), lambda g, part, f: g * part, needs_fisher=False),
     )
 }
 

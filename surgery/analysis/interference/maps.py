@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from surgery.analysis.interference.files import read_about, read_tensors, write_tensors
 from surgery.analysis.interference.gradients import Gradients
 from surgery.analysis.interference.intervals import two_way_bootstrap
 from surgery.analysis.interference.kernels import kernel_of
@@ -22,6 +19,7 @@ from surgery.analysis.interference.walk import MEMORY_MIB, RHO, Walk
 from surgery.errors import SpecError, describe
 from surgery.plots.interference import block_bars, block_maps
 
+KIND = "an interference map"
 MEASURED = {
     "qkov": "interference (gradient units)",
     "whitened": "interference (whitened)",
@@ -32,7 +30,7 @@ MEASURED = {
 
 
 class Interference:
-    """What `heatmap` found. Heads are kv heads for K and V.
+    """What `heatmap` found. Heads are kv heads for K and V, or query heads where it was asked for these.
 
     hypotheses: (address, block, head) of each number. rows (hypothesis, sample of A), columns (hypothesis, sample of B): means
     over the other task, float64. maps: (hypothesis, sample of A, sample of B) float32; None if means alone were asked for.
@@ -56,7 +54,7 @@ class Interference:
         return self.maps[self._number(address, block, head)]
 
     def sample_pair(self, i: int, j: int, address: str, head: int) -> dict[str, float]:
-        """By block, the number of one pair of samples at a head (of K and V: at the kv head of this number)."""
+        """By block, the number of one pair of samples at a head (of K and V mostly a kv head)."""
         blocks = [block for place, block, number in self.hypotheses if place == address and number == head]
         if not blocks:
             self._number(address, "Q", head)
@@ -129,24 +127,13 @@ class Interference:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"rows": self.rows, "columns": self.columns} | ({} if self.maps is None else {"maps": self.maps})
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        about = {"interference": json.dumps({"about": self.about, "hypotheses": self.hypotheses})}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=about)
-        os.replace(unfinished, path)
+        write_tensors(path, KIND, {"about": self.about, "hypotheses": self.hypotheses}, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Interference:
         """What `save` wrote. Raises SpecError for another file."""
-        try:
-            with safe_open(path, "pt") as file:
-                known = json.loads((file.metadata() or {})["interference"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, KeyError, ValueError) as error:
-            do = "Name a file that Interference.save wrote."
-            raise SpecError(describe(f"{str(path)!r}", f"{type(error).__name__}: {error}", "an interference map", do)) from None
+        known, tensors = read_about(path, KIND), read_tensors(path)
         hypotheses = [(address, block, head) for address, block, head in known["hypotheses"]]
         return cls(known["about"], hypotheses, tensors["rows"], tensors["columns"], tensors.get("maps"))
 
@@ -184,15 +171,20 @@ def heatmap(
     *,
     rho: float = RHO,
     is_unit: bool = False,
+    query_heads: bool = False,
     keep_maps: bool = True,
     memory_mib: float = MEMORY_MIB,
+    device: Any = "cpu",
     progress: bool = False,
 ) -> Interference:
     """M_ij for every pair of samples, head and block; see `surgery.analysis.interference.kernels`.
 
     fisher: a Fisher, Gradients whose samples are pooled, or None: those of a and b. rho: r over the mean of I in a block.
     is_unit: samples of length one over all blocks ("signed" always). keep_maps=False keeps means over either task alone.
-    memory_mib: of the workspace, beside the factors of one block and the maps. Products are summed in float32.
+    query_heads: K and V by query head: the part of g_j that came through each (b collected with query_heads=True), such as
+      ⟨g_i² / (I + r), sign(g_j) ⊙ g_j^(h)⟩ of "qkov"; those of a kv head's query heads add up to its number, and may be
+      negative. "ewc" and the others likewise.
+    memory_mib: of the workspace, beside the factors of one block and the maps. device: where products are computed, in float32.
     Raises SpecError for gradients of another model, loss or cuts, and unknown kernels.
     """
     chosen = kernel_of(kernel)
@@ -203,6 +195,8 @@ def heatmap(
         is_unit=is_unit or chosen.is_unit,
         needs_fisher=chosen.needs_fisher,
         memory_mib=memory_mib,
+        device=device,
+        split=1 if query_heads else None,
         progress=progress,
     )
     hypotheses = walk.hypotheses
@@ -212,13 +206,15 @@ def heatmap(
     for stretch in walk:
         number = numbers[stretch.block.address, stretch.block.name, stretch.head]
         left = chosen.left(stretch.gradients[0], stretch.fisher)
-        right = chosen.right(stretch.gradients[1], stretch.fisher)
+        right = chosen.right(stretch.gradients[1], stretch.part, stretch.fisher)
         if maps is not None:
             maps[number] += (left @ right.mT).cpu()
         else:
             rows[number] += (left @ right.mean(0)).cpu()
             columns[number] += (right @ left.mean(0)).cpu()
     if maps is not None:
-        rows, columns = maps.double().mean(2), maps.double().mean(1)
+        for number, table in enumerate(maps.unbind()):  # one at a time: all of them in float64 take twice their memory
+            rows[number], columns[number] = table.double().mean(1), table.double().mean(0)
     about = {"kernel": kernel, "a": a.task, "b": b.task, "rho": rho, "is_unit": is_unit or chosen.is_unit, **a.about}
+    about["query_heads"] = query_heads
     return Interference(about, hypotheses, rows, columns, maps)

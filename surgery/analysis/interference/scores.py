@@ -21,6 +21,7 @@ def sample_scores(
     *,
     rho: float = RHO,
     memory_mib: float = MEMORY_MIB,
+    device: Any = "cpu",
     progress: bool = False,
 ) -> tuple[list[tuple[str, str, int]], dict[str, np.ndarray]]:
     """Hypotheses, and by name (sample, hypothesis) float64 means over the other task; of samples of length one.
@@ -38,6 +39,7 @@ def sample_scores(
         is_unit=True,
         needs_fisher=chosen.needs_fisher,
         memory_mib=memory_mib,
+        device=device,
         progress=progress,
     )
     numbers = {hypothesis: number for number, hypothesis in enumerate(walk.hypotheses)}
@@ -47,11 +49,12 @@ def sample_scores(
     found = {name: torch.zeros(size, len(numbers), dtype=torch.float64) for name, size in sizes.items()}
     for stretch in walk:
         number = numbers[stretch.block.address, stretch.block.name, stretch.head]
-        left, right = chosen.left(stretch.gradients[0], stretch.fisher), chosen.right(stretch.gradients[1], stretch.fisher)
-        mean_left, mean_right = left.mean(0), right.mean(0)
-        found["rows_a"][:, number] += (left @ mean_right).cpu()
-        found["columns_b"][:, number] += (right @ mean_left).cpu()
-        if control is not None:
-            found["rows_n"][:, number] += (chosen.left(stretch.gradients[2], stretch.fisher) @ mean_right).cpu()
-            found["columns_n"][:, number] += (chosen.right(stretch.gradients[2], stretch.fisher) @ mean_left).cpu()
+        disturbed = {"a": stretch.gradients[0]} | ({} if control is None else {"n": stretch.gradients[2]})
+        disturbing = {"b": stretch.gradients[1]} | ({} if control is None else {"n": stretch.gradients[2]})
+        rows = {f"rows_{name}": chosen.left(g, stretch.fisher) for name, g in disturbed.items()}
+        columns = {f"columns_{name}": chosen.right(g, g, stretch.fisher) for name, g in disturbing.items()}
+        of_a, of_b = rows["rows_a"].mean(0), columns["columns_b"].mean(0)
+        parts = {name: left @ of_b for name, left in rows.items()} | {name: right @ of_a for name, right in columns.items()}
+        for name, part in parts.items():
+            found[name][:, number] += part.cpu()
     return walk.hypotheses, {name: scores.numpy() for name, scores in found.items()}

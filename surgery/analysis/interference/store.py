@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from surgery.errors import SpecError, describe
+from surgery.analysis.interference.files import read_about, read_tensors, write_tensors
 
 SUFFIX = ".safetensors"
+KIND = "collected gradients"
 
 
 class Part:
@@ -44,44 +41,23 @@ class Part:
 
     def factor(self, key: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """(wide, narrow) of a block."""
-        if self.path is None:
-            wide, narrow = (self.tensors[name] for name in self.names[key])
-        else:
-            with safe_open(self.path, "pt") as file:
-                wide, narrow = (file.get_tensor(name) for name in self.names[key])
+        kept = self.tensors if self.path is None else read_tensors(self.path, *self.names[key])
+        wide, narrow = (kept[name] for name in self.names[key])
         return wide.to(device), narrow.to(device)
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all, and forgets the tensors."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        about = {"about": json.dumps(self.about), "names": json.dumps(self.names)}
-        save_file(self.tensors, unfinished, metadata=about)
-        os.replace(unfinished, path)
+        write_tensors(path, KIND, {"about": self.about, "names": self.names}, self.tensors)
         self.path, self.tensors = path, {}
 
     @classmethod
     def read(cls, path: Path) -> Part:
         """What `write` wrote. Raises SpecError for another file."""
-        try:
-            with safe_open(path, "pt") as file:
-                known = file.metadata() or {}
-            names = {key: (wide, narrow) for key, (wide, narrow) in json.loads(known["names"]).items()}
-            found = cls({}, names, json.loads(known["about"]))
-        except (OSError, KeyError, ValueError, TypeError, Exception) as error:
-            if not isinstance(error, OSError | KeyError | ValueError | TypeError) and "Safetensor" not in type(error).__name__:
-                raise
-            do = "Remove it, and collect again."
-            raise SpecError(
-                describe(f"{str(path)!r}", f"a file of something else ({error})", "collected gradients", do)
-            ) from None
+        known = read_about(path, KIND)
+        found = cls({}, {key: (wide, narrow) for key, (wide, narrow) in known["names"].items()}, known["about"])
         found.path = path
         return found
 
     def whole(self) -> Part:
         """The same in memory."""
-        if self.path is None:
-            return self
-        with safe_open(self.path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in dict.fromkeys(n for pair in self.names.values() for n in pair)}
-        return Part(tensors, self.names, self.about)
+        return self if self.path is None else Part(read_tensors(self.path), self.names, self.about)

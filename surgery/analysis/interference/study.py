@@ -29,6 +29,7 @@ def overlap_test(
     kernel: str = "qkov",
     rho: float = RHO,
     memory_mib: float = MEMORY_MIB,
+    device: Any = "cpu",
     n_permutations: int | None = None,
     alpha: float = 0.05,
     seed: int = 0,
@@ -57,7 +58,9 @@ def overlap_test(
         return {"row": labelings(len(a), len(control), most, seed), "col": labelings(len(b), len(control), most, seed)}
 
     _check("overlap_test", tasks, problems, draws, n_permutations, alpha)
-    hypotheses, scores = sample_scores(a, b, control, fisher, kernel, rho=rho, memory_mib=memory_mib, progress=progress)
+    hypotheses, scores = sample_scores(
+        a, b, control, fisher, kernel, rho=rho, memory_mib=memory_mib, device=device, progress=progress
+    )
     frame = _frame(hypotheses)
     return permutation_test(
         Scores(**scores),
@@ -76,6 +79,7 @@ def conflict_test(
     b: Gradients,
     *,
     memory_mib: float = MEMORY_MIB,
+    device: Any = "cpu",
     n_permutations: int | None = None,
     alpha: float = 0.05,
     seed: int = 0,
@@ -95,7 +99,7 @@ def conflict_test(
         return {"row": flips(len(a), most, seed), "col": flips(len(b), most, seed)}
 
     _check("conflict_test", tasks, problems, draws, n_permutations, alpha)
-    hypotheses, scores = sample_scores(a, b, None, kernel="signed", memory_mib=memory_mib, progress=progress)
+    hypotheses, scores = sample_scores(a, b, None, kernel="signed", memory_mib=memory_mib, device=device, progress=progress)
     return sign_flip_test(
         scores["rows_a"],
         scores["columns_b"],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from surgery.analysis.interference.factors import Block, squared_norms
+from surgery.analysis.interference.factors import Block
 from surgery.analysis.interference.fisher import Fisher, gradients_in, require_same
 from surgery.analysis.interference.gradients import Gradients
 from surgery.errors import SpecError, describe
@@ -19,16 +19,24 @@ RHO = 1e-3
 MEMORY_MIB = 64.0
 COPIES = 3
 """Of each gradient in a stretch: itself, what a kernel makes of it, and what squaring takes on the way."""
+CACHE_MIB = 2.0
+"""Of a stretch on a CPU: what is formed is used while it is in the cache, which is worth half of the time."""
+FEWEST_ROWS = 8
+"""Of a stretch's wide side, if memory allows it: below, products are of vectors."""
 
 
 @dataclass(eq=False)
 class Stretch:
-    """A part of one head's parameters. gradients: of each task, (sample, parameter) float32; fisher: (parameter,) I + r."""
+    """A part of one head's parameters. gradients: of each task, (sample, parameter) float32; fisher: (parameter,) I + r.
+
+    part: what came through one query head of the gradients of `split`, whose number head then is; else these as they are.
+    """
 
     block: Block
     head: int
     gradients: list[Tensor]
     fisher: Tensor
+    part: Tensor
 
 
 class Walk:
@@ -36,7 +44,8 @@ class Walk:
 
     fisher: a Fisher; Gradients (one or several) whose samples are pooled; None: those of `tasks`. rho: r as a part of I's
     mean over a block. is_unit: each sample's gradient has length one over all blocks. needs_fisher: else I + r is 1.
-    memory_mib: of the buffers; at least one channel's parameters are formed at a time.
+    memory_mib: of the buffers; at least one row of a head's parameters is formed at a time. device: where that is done.
+    split: a number of a task whose gradients of K and V come apart by query head. Raises SpecError if they were not kept so.
     """
 
     def __init__(
@@ -48,15 +57,17 @@ class Walk:
         is_unit: bool = False,
         needs_fisher: bool = True,
         memory_mib: float = MEMORY_MIB,
-        pool: int | None = None,
+        device: Any = "cpu",
+        split: int | None = None,
         progress: bool = False,
     ) -> None:
         self.tasks, self.rho, self.memory_mib, self.progress = list(tasks), rho, memory_mib, progress
+        self.device = torch.device(device)
         if not rho > 0 or not memory_mib > 0:
             found = f"rho={rho}, memory_mib={memory_mib}"
             raise SpecError(describe("interference", found, "positive numbers", "rho keeps small I from deciding all."))
         self.fisher = fisher if isinstance(fisher, Fisher) else None
-        self.pool = list(tasks[:pool]) if fisher is None else [] if self.fisher else gradients_in(fisher)
+        self.pool = list(tasks) if fisher is None else [] if self.fisher else gradients_in(fisher)
         self.needs_fisher = needs_fisher
         if not needs_fisher:
             self.pool, self.fisher = [], None
@@ -64,85 +75,100 @@ class Walk:
         kept = [self.fisher.about] if self.fisher is not None and self.fisher.about else []
         require_same("interference", *[task.about for task in self.every], *kept)
         self.blocks = _common(self.every)
-        self.scales = {id(task): task.norms().reciprocal() if is_unit else torch.ones(len(task)) for task in self.every}
+        self.scales = {
+            id(task): task.norms().reciprocal() if is_unit else torch.ones(len(task), dtype=torch.float64)
+            for task in self.every
+        }
+
+        self.split = None if split is None else self.tasks[split]
+        if self.split is not None:
+            whole = [block.key for block in self.blocks if block.group > 1 and not self.split.is_split(block)]
+            if whole:
+                found = f"gradients of {self.split.task!r} by kv head alone ({', '.join(whole[:4])})"
+                do = "Collect them with query_heads=True."
+                raise SpecError(describe("query_heads", found, "what came through each query head", do))
 
     @property
     def hypotheses(self) -> list[tuple[str, str, int]]:
         """(address, block, head), in the order of the walk."""
-        return [(block.address, block.name, head) for block in self.blocks for head in range(block.heads)]
+        return [(block.address, block.name, head) for block in self.blocks for head in range(self._heads(block))]
 
     def __iter__(self) -> Iterator[Stretch]:
-        total = len(self.hypotheses)
-        with tqdm(total=total, desc="interference", unit="head", disable=not self.progress) as bar:
+        with tqdm(total=len(self.hypotheses), desc="interference", unit="head", disable=not self.progress) as bar:
             for block in self.blocks:
-                factors = {
-                    id(task): [self._scaled(factor, task, start) for start, factor in _counted(task.factors(block.key))]
-                    for task in self.every
-                }
-                more = self.rho * self._mean(block, factors)
+                factors = {id(task): self._factors(task, block.key) for task in self.every}
+                through = self._factors(self.split, block.split_key) if self.split and block.group > 1 else []
                 wide = next(iter(factors.values()))[0][0].shape[-1]
-                rows = sum(len(task) for task in self.every)
-                step = max(1, min(wide, int(self.memory_mib * 2**20 / (4 * COPIES * rows * block.narrow))))
-                buffers = {
-                    id(t): torch.empty(len(t), step * block.narrow, device=factors[id(t)][0][0].device) for t in self.every
-                }
+                more = self.rho * self._mean(block, wide)
+                step = self._step(block, wide)
+                buffers = {id(t): torch.empty(len(t), step * block.narrow, device=self.device) for t in self.every}
+                spare = torch.empty(len(self.split) if self.split and through else 0, step * block.narrow, device=self.device)
                 for head in range(block.heads):
                     for start in range(0, wide, step):
-                        yield self._stretch(block, head, start, min(start + step, wide), factors, buffers, more)
-                    bar.update()
+                        rows = slice(start, min(start + step, wide))
+                        formed = {key: _formed(some, head, rows, block, buffers[key]) for key, some in factors.items()}
+                        gradients = [formed[id(task)] for task in self.tasks]
+                        fisher = self._reference(block, head, rows, formed, more)
+                        for number in self._numbers(block, head):
+                            part = _formed(through, number, rows, block, spare) if through else gradients[-1]
+                            yield Stretch(block, number, gradients, fisher, part)
+                    bar.update(len(self._numbers(block, head)))
 
-    def _stretch(
-        self, block: Block, head: int, start: int, stop: int, factors: Any, buffers: dict[int, Tensor], more: float
-    ) -> Stretch:
-        size = (stop - start) * block.narrow
-        formed = {}
-        for task in self.every:
-            found = buffers[id(task)][:, :size].view(len(task), stop - start, block.narrow)
-            row = 0
-            for side, narrow in factors[id(task)]:
-                part = narrow[..., head * block.narrow : (head + 1) * block.narrow]
-                torch.bmm(side[..., start:stop].mT, part, out=found[row : row + len(side)])
-                row += len(side)
-            formed[id(task)] = found.view(len(task), size)
-        return Stretch(
-            block, head, [formed[id(task)] for task in self.tasks], self._reference(block, head, start, stop, formed, more)
-        )
+    def _heads(self, block: Block) -> int:
+        return block.heads if self.split is None else block.heads * block.group
 
-    def _reference(self, block: Block, head: int, start: int, stop: int, formed: dict[int, Tensor], more: float) -> Tensor:
-        any_formed = next(iter(formed.values()))
+    def _numbers(self, block: Block, head: int) -> range:
+        """Of the hypotheses of a block's head: its query heads, or itself."""
+        group = 1 if self.split is None else block.group
+        return range(head * group, (head + 1) * group)
+
+    def _factors(self, task: Gradients, key: str) -> list[tuple[Tensor, Tensor]]:
+        """In float32, scaled."""
+        found, scales = [], self.scales[id(task)].float()
+        for wide, narrow in task.factors(key):
+            scale, scales = scales[: len(wide)], scales[len(wide) :]
+            found.append((wide.to(self.device).float(), (narrow.float() * scale[:, None, None]).to(self.device)))
+        return found
+
+    def _step(self, block: Block, wide: int) -> int:
+        """Rows of the wide side in a stretch."""
+        samples = sum(len(task) for task in self.every) + (len(self.split) if self.split else 0)
+        row_mib = 4 * COPIES * samples * block.narrow / 2**20
+        step = int(self.memory_mib / row_mib)
+        if self.device.type == "cpu":
+            step = min(step, max(FEWEST_ROWS, int(CACHE_MIB / row_mib)))
+        return max(1, min(wide, step))
+
+    def _reference(self, block: Block, head: int, rows: slice, formed: dict[int, Tensor], more: float) -> Tensor:
         if not self.needs_fisher:
-            return any_formed.new_ones(())
+            return torch.ones((), device=self.device)
         if self.fisher is not None:
-            return self.fisher.part(block.key, head, start, stop).flatten().to(any_formed.device) + more
-        samples = sum(len(task) for task in self.pool)
-        total = sum(formed[id(task)].square().sum(0) for task in self.pool)
-        assert isinstance(total, Tensor)
-        return total / samples + more
+            return self.fisher.part(block.key, head, rows.start, rows.stop).flatten().to(self.device) + more
+        squares = torch.stack([formed[id(task)].square().sum(0) for task in self.pool]).sum(0)
+        return squares.div_(sum(len(task) for task in self.pool)).add_(more)
 
-    def _mean(self, block: Block, factors: Any) -> float:
+    def _mean(self, block: Block, wide: int) -> float:
         """Of I over a block's parameters, without forming a gradient."""
         if not self.needs_fisher:
             return 0.0
         if self.fisher is not None:
             found = self.fisher.mean(block.key)
         else:
-            squares = sum(float(squared_norms(f).sum()) for task in self.pool for f in factors[id(task)])
-            wide = factors[id(self.pool[0])][0][0].shape[-1]
+            squares = sum(float(task.squared_norms(block.key) @ self.scales[id(task)].square()) for task in self.pool)
             found = squares / (sum(len(task) for task in self.pool) * wide * block.narrow * block.heads)
         return found if found > 0 else 1.0  # of a block without gradients: anything divides zero
 
-    def _scaled(self, factor: tuple[Tensor, Tensor], task: Gradients, start: int) -> tuple[Tensor, Tensor]:
-        wide, narrow = factor
-        scale = self.scales[id(task)][start : start + len(wide)].to(narrow.device).float()
-        return wide.float(), narrow.float() * scale[:, None, None]
 
-
-def _counted(factors: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Each with the number of its first sample."""
-    start = 0
-    for factor in factors:
-        yield start, factor
-        start += len(factor[0])
+def _formed(factors: list[tuple[Tensor, Tensor]], head: int, rows: slice, block: Block, buffer: Tensor) -> Tensor:
+    """(sample, parameter): rows of a head's gradients, in a buffer that holds at least as much."""
+    samples, size = len(buffer), (rows.stop - rows.start) * block.narrow
+    found = buffer[:, :size].view(samples, rows.stop - rows.start, block.narrow)
+    done = 0
+    for wide, narrow in factors:
+        part = narrow[..., head * block.narrow : (head + 1) * block.narrow]
+        torch.bmm(wide[..., rows].mT, part, out=found[done : done + len(wide)])
+        done += len(wide)
+    return found.view(samples, size)
 
 
 def _common(tasks: Sequence[Gradients]) -> list[Block]:
