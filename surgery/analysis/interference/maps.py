@@ -196,7 +196,7 @@ def heatmap(
         needs_fisher=chosen.needs_fisher,
         memory_mib=memory_mib,
         device=device,
-        split=1 if query_heads else None,
+        query_heads=query_heads,
         progress=progress,
     )
     hypotheses = walk.hypotheses

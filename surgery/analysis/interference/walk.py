@@ -19,17 +19,16 @@ RHO = 1e-3
 MEMORY_MIB = 64.0
 COPIES = 3
 """Of each gradient in a stretch: itself, what a kernel makes of it, and what squaring takes on the way."""
-CACHE_MIB = 2.0
-"""Of a stretch on a CPU: what is formed is used while it is in the cache, which is worth half of the time."""
-FEWEST_ROWS = 8
-"""Of a stretch's wide side, if memory allows it: below, products are of vectors."""
+
+Factor = tuple[Tensor, Tensor, Tensor]
+"""Of a batch: wide in float32, narrow, (sample, 1, 1) by what its gradients are multiplied."""
 
 
 @dataclass(eq=False)
 class Stretch:
     """A part of one head's parameters. gradients: of each task, (sample, parameter) float32; fisher: (parameter,) I + r.
 
-    part: what came through one query head of the gradients of `split`, whose number head then is; else these as they are.
+    part: of the last task's gradients, what came through the query head whose number head then is; else these as they are.
     """
 
     block: Block
@@ -45,7 +44,7 @@ class Walk:
     fisher: a Fisher; Gradients (one or several) whose samples are pooled; None: those of `tasks`. rho: r as a part of I's
     mean over a block. is_unit: each sample's gradient has length one over all blocks. needs_fisher: else I + r is 1.
     memory_mib: of the buffers; at least one row of a head's parameters is formed at a time. device: where that is done.
-    split: a number of a task whose gradients of K and V come apart by query head. Raises SpecError if they were not kept so.
+    query_heads: the gradients of K and V of the last task come apart by query head. Raises SpecError if they were not kept so.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Walk:
         needs_fisher: bool = True,
         memory_mib: float = MEMORY_MIB,
         device: Any = "cpu",
-        split: int | None = None,
+        query_heads: bool = False,
         progress: bool = False,
     ) -> None:
         self.tasks, self.rho, self.memory_mib, self.progress = list(tasks), rho, memory_mib, progress
@@ -79,8 +78,7 @@ class Walk:
             id(task): task.norms().reciprocal() if is_unit else torch.ones(len(task), dtype=torch.float64)
             for task in self.every
         }
-
-        self.split = None if split is None else self.tasks[split]
+        self.split = self.tasks[-1] if query_heads else None
         if self.split is not None:
             whole = [block.key for block in self.blocks if block.group > 1 and not self.split.is_split(block)]
             if whole:
@@ -101,8 +99,8 @@ class Walk:
                 wide = next(iter(factors.values()))[0][0].shape[-1]
                 more = self.rho * self._mean(block, wide)
                 step = self._step(block, wide)
-                buffers = {id(t): torch.empty(len(t), step * block.narrow, device=self.device) for t in self.every}
-                spare = torch.empty(len(self.split) if self.split and through else 0, step * block.narrow, device=self.device)
+                buffers = {id(t): torch.empty(len(t) * step * block.narrow, device=self.device) for t in self.every}
+                spare = torch.empty(len(through) and len(self.tasks[-1]) * step * block.narrow, device=self.device)
                 for head in range(block.heads):
                     for start in range(0, wide, step):
                         rows = slice(start, min(start + step, wide))
@@ -122,21 +120,18 @@ class Walk:
         group = 1 if self.split is None else block.group
         return range(head * group, (head + 1) * group)
 
-    def _factors(self, task: Gradients, key: str) -> list[tuple[Tensor, Tensor]]:
-        """In float32, scaled."""
-        found, scales = [], self.scales[id(task)].float()
+    def _factors(self, task: Gradients, key: str) -> list[Factor]:
+        scales = self.scales[id(task)].float()
+        found = []
         for wide, narrow in task.factors(key):
             scale, scales = scales[: len(wide)], scales[len(wide) :]
-            found.append((wide.to(self.device).float(), (narrow.float() * scale[:, None, None]).to(self.device)))
+            found.append((wide.to(self.device).float(), narrow.to(self.device), scale[:, None, None].to(self.device)))
         return found
 
     def _step(self, block: Block, wide: int) -> int:
         """Rows of the wide side in a stretch."""
-        samples = sum(len(task) for task in self.every) + (len(self.split) if self.split else 0)
-        row_mib = 4 * COPIES * samples * block.narrow / 2**20
-        step = int(self.memory_mib / row_mib)
-        if self.device.type == "cpu":
-            step = min(step, max(FEWEST_ROWS, int(CACHE_MIB / row_mib)))
+        samples = sum(len(task) for task in self.every) + (len(self.tasks[-1]) if self.split else 0)
+        step = int(self.memory_mib * 2**20 / (4 * COPIES * samples * block.narrow))
         return max(1, min(wide, step))
 
     def _reference(self, block: Block, head: int, rows: slice, formed: dict[int, Tensor], more: float) -> Tensor:
@@ -159,13 +154,13 @@ class Walk:
         return found if found > 0 else 1.0  # of a block without gradients: anything divides zero
 
 
-def _formed(factors: list[tuple[Tensor, Tensor]], head: int, rows: slice, block: Block, buffer: Tensor) -> Tensor:
+def _formed(factors: list[Factor], head: int, rows: slice, block: Block, buffer: Tensor) -> Tensor:
     """(sample, parameter): rows of a head's gradients, in a buffer that holds at least as much."""
-    samples, size = len(buffer), (rows.stop - rows.start) * block.narrow
-    found = buffer[:, :size].view(samples, rows.stop - rows.start, block.narrow)
+    samples, size = sum(len(wide) for wide, _, _ in factors), (rows.stop - rows.start) * block.narrow
+    found = buffer[: samples * size].view(samples, -1, block.narrow)
     done = 0
-    for wide, narrow in factors:
-        part = narrow[..., head * block.narrow : (head + 1) * block.narrow]
+    for wide, narrow, scale in factors:
+        part = narrow[..., head * block.narrow : (head + 1) * block.narrow].float() * scale
         torch.bmm(wide[..., rows].mT, part, out=found[done : done + len(wide)])
         done += len(wide)
     return found.view(samples, size)
