@@ -116,6 +116,28 @@ def test_a_callable_of_the_output(ids: Tensor) -> None:
             as_metric(wrong)
 
 
+def test_raw_numbers_have_their_gradient_and_one_shape(ids: Tensor) -> None:
+    """The one check of what a metric gives, wherever it is read off."""
+    model, inputs = load_model(), {"input_ids": ids}
+    output = model(**inputs)
+    measured = Measured(model, inputs, output, output.logits, None)
+    by_row = as_metric(lambda o: o.logits.mean((1, 2))).raw(measured)
+    assert by_row.shape == (3,) and by_row.requires_grad and by_row.dtype == torch.float32
+    assert torch.equal(by_row, output.logits.mean((1, 2)))
+    whole = as_metric(lambda o: o.logits.mean()).raw(measured)
+    assert whole.shape == (1,) and whole.requires_grad
+    assert torch.equal(as_metric(lambda o: 2.5).raw(measured), torch.tensor([2.5]))
+    for wrong, shape in ((lambda o: o.logits.mean(2), r"\(3, 12\)"), (lambda o: o.logits[0, :2, 0], r"\(2,\)")):
+        message = rf"a tensor of shape {shape}; expected a number, or one for each of 3 examples\. Reduce it"
+        for run in (
+            as_metric(wrong).raw,
+            as_metric(wrong),
+            lambda _: head_importance(model, ids, metric=wrong, to="zero", method="atp"),  # noqa: B023
+        ):
+            with pytest.raises(SpecError, match=message):
+                run(measured)
+
+
 def test_what_has_no_logits_says_so() -> None:
     model, inputs = FAMILIES["bert"].build().bert, FAMILIES["bert"].inputs()
     with torch.no_grad():

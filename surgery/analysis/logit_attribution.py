@@ -154,7 +154,7 @@ class _Forward:
         if not isinstance(logits, Tensor) or logits.dim() != 3:
             found = f"a {type(self.model).__name__} without logits (batch, position, vocabulary)"
             raise SpecError(describe("direct_logit_attribution", found, "a language model", "Load it with its head."))
-        return self.metric.function(Measured(self.model, self.batch, output, logits, None)).expand(self.rows)
+        return self.metric.raw(Measured(self.model, self.batch, output, logits, None)).expand(self.rows)
 
 
 class _Call:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.analysis.batches import rows_of
 from surgery.analysis.targets import Targets, present, targets
 from surgery.analysis.targets import predicts_the_next as predicts_the_next
 from surgery.errors import SpecError, describe
@@ -47,20 +48,23 @@ class Metric:
 
     def __call__(self, measured: Measured) -> Tensor:
         """(batch,) in float64 on the CPU; a number for the whole batch stands for each example. Raises SpecError."""
-        return self.units(measured).expand(_rows(measured))
+        return self.units(measured).expand(rows_of(measured.inputs))
 
     def units(self, measured: Measured) -> Tensor:
         """The same as it was given: (batch,), or (1,) where one number is that of the whole batch."""
-        found, rows = _numbers(self.name, self.function(measured)), _rows(measured)
+        return self.raw(measured).detach().double().cpu()
+
+    def raw(self, measured: Measured) -> Tensor:
+        """What the function gives, with its gradient: (batch,), or (1,) where one number is that of the whole batch.
+
+        Raises SpecError for anything else.
+        """
+        found, rows = _numbers(self.name, self.function(measured)), rows_of(measured.inputs)
         if found.dim() > 1 or (found.dim() == 1 and len(found) not in (1, rows)):
             expected = f"a number, or one for each of {rows} examples"
             do = "Reduce it to one number per example."
             raise SpecError(describe(f"metric {self.name!r}", f"a tensor of shape {tuple(found.shape)}", expected, do))
-        return found.detach().double().cpu().reshape(-1)
-
-
-def _rows(measured: Measured) -> int:
-    return next(len(value) for value in measured.inputs.values() if isinstance(value, Tensor) and value.dim())
+        return found.reshape(-1)
 
 
 def loss(positions: Sequence[int] | None = None) -> Metric:

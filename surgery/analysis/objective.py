@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.analysis.batches import rows_of
 from surgery.analysis.kept import Kept
 from surgery.analysis.metrics import Measured, as_metric
 from surgery.errors import SpecError, describe
@@ -25,7 +24,7 @@ class Objective:
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], metric: Any) -> None:
-        self.model, self.metric, self.rows = model, as_metric(metric), rows_of(inputs)
+        self.model, self.metric = model, as_metric(metric)
         self.base, self.kernel = cuts_of(model)
         self.inputs = uncached(model, inputs)
         self.kept = Kept(model, self.inputs, self.metric.positions)
@@ -47,14 +46,7 @@ class Objective:
             logits = self.kept.logits(output)
             if self.clean is None and logits is not None:
                 self.clean = logits.detach()
-            found = self.metric.function(Measured(self.model, self.inputs, output, logits, self.clean))
-            found = found if isinstance(found, Tensor) else torch.as_tensor(found)
-        if found.dim() > 1 or (found.dim() == 1 and len(found) not in (1, self.rows)):
-            expected = f"a number, or one for each of {self.rows} examples"
-            what, do = f"metric {self.metric.name!r}", "Reduce it to one number per example."
-            raise SpecError(describe(what, f"a tensor of shape {tuple(found.shape)}", expected, do))
-        with torch.enable_grad():
-            mean = found.double().mean()
+            mean = self.metric.raw(Measured(self.model, self.inputs, output, logits, self.clean)).double().mean()
         self.start = float(mean.detach()) if self.start is None else self.start
         return mean
 
