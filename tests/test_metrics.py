@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from surgery import Freeze, SpecError, patched
-from surgery.analysis import ablation_study, metrics, verify_effect
+from surgery.analysis import ablation_study, check_gradients, discover_vector, metrics, verify_effect
 from surgery.analysis.batches import batches
 from surgery.analysis.importance import head_importance
 from surgery.analysis.logit_attribution import direct_logit_attribution
@@ -159,6 +159,37 @@ def test_several_metrics_read_their_own_positions(ids: Tensor) -> None:
     everything = Reading([*at, "loss"])
     assert everything.positions is None
     np.testing.assert_allclose(everything.read(model, {"input_ids": ids}, output, output)[:2], expected, rtol=1e-5)
+
+
+def test_every_function_asks_for_the_positions_that_a_metric_reads(ids: Tensor) -> None:
+    """Of a model that can, no other logits are computed; of one that cannot, they are picked."""
+    difference = metrics.logit_difference(5, 7, position=3)
+
+    def of_all(output: Any) -> Tensor:
+        return output.logits[:, 3, 5] - output.logits[:, 3, 7]
+
+    runs = (
+        lambda model, inputs, metric: check_gradients(model, Freeze("qk"), inputs, metric).weights,
+        lambda model, inputs, metric: discover_vector(model, inputs, method="gradient", metric=metric).norms().to_frame(),
+    )
+    for name in ("llama", "t5"):
+        model, inputs = FAMILIES[name].build(dtype=torch.float64), FAMILIES[name].inputs(batch=3, padding=0)
+        lengths = []
+        head = model.get_output_embeddings()
+        handle = head.register_forward_hook(lambda part, args, output: lengths.append(output.shape[1]))  # noqa: B023
+        for run in runs:
+            lengths.clear()
+            found = run(model, inputs, difference).select_dtypes("float")
+            assert lengths and ({1} == set(lengths)) is (name == "llama")
+            expected = run(model, inputs, of_all).select_dtypes("float")
+            # Products of one position are added up in another order; norms are in float32.
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+            with pytest.raises(SpecError, match=r"metric: found positions \[99\]; expected -\d+ to \d+, for"):
+                run(model, inputs, metrics.logit_difference(5, 7, position=99))
+        handle.remove()
+    output = load_model()(ids)
+    with pytest.raises(SpecError, match=r"positions \[12\]; expected -12 to 11, for 12 tokens"):
+        Reading([metrics.logit_difference(5, 7, position=12), "loss"]).read(None, {"input_ids": ids}, output, output)
 
 
 def test_data_in_every_form(ids: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.forwards import repeatable
+from surgery.analysis.kept import Kept
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.metrics import loss as mean_loss
 from surgery.analysis.promises import Point, between_zeros, detached, points_of, sealed, watching
@@ -252,12 +253,10 @@ def _patched(model: nn.Module, spec: Spec) -> Iterator[None]:
 
 def _loss(model: nn.Module, batch: Batch, metric: Metric) -> Tensor:
     """The mean of a metric over a batch, with its gradient."""
+    kept = Kept(model, batch, metric.positions)
     with repeatable(model):
-        output = model(**uncached(model, batch))
-    logits = getattr(output, "logits", None)
-    if logits is not None and metric.positions is not None and logits.dim() > 2:
-        logits = logits[:, list(metric.positions)]
-    found = metric.function(Measured(model, batch, output, logits, None))
+        output = model(**uncached(model, batch), **kept.more)
+    found = metric.function(Measured(model, batch, output, kept.logits(output), None))
     if not isinstance(found, Tensor) or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
         is_short = isinstance(found, Tensor) and found.numel() < 9
         raise _unfit(metric, f"{found.tolist()}" if is_short else f"a {type(found).__name__}")

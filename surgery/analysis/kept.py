@@ -32,7 +32,7 @@ class Kept:
         self.length = next((v.shape[1] for name in names if isinstance(v := inputs.get(name), Tensor) and v.dim() > 1), None)
         if self.positions is None or self.length is None:
             return
-        self._require(self.length)
+        _require(self.positions, self.length)
         if "logits_to_keep" in inspect.signature(model.forward).parameters and inputs.get("labels") is None:
             kept = [position % self.length for position in self.positions]
             self.more = {"logits_to_keep": torch.tensor(kept, device=runs_on(model))}
@@ -42,10 +42,16 @@ class Kept:
         found = getattr(output, "logits", None)
         if not isinstance(found, Tensor) or self.positions is None or self.more or found.dim() < 3:
             return found if isinstance(found, Tensor) else None
-        self._require(found.shape[1])
-        return found[:, self.positions]
+        return at_positions(found, self.positions)
 
-    def _require(self, length: int) -> None:
-        if beyond := [p for p in self.positions or () if not -length <= p < length]:
-            expected = f"{-length} to {length - 1}, for {length} tokens"
-            raise SpecError(describe("metric", f"positions {beyond}", expected, "Positions count from 0, or from the end."))
+
+def at_positions(logits: Tensor, positions: Sequence[int]) -> Tensor:
+    """(batch, chosen position, ...) of logits that have all positions. Raises SpecError for positions beyond the sequence."""
+    _require(positions, logits.shape[1])
+    return logits[:, list(positions)]
+
+
+def _require(positions: Sequence[int], length: int) -> None:
+    if beyond := [position for position in positions if not -length <= position < length]:
+        expected = f"{-length} to {length - 1}, for {length} tokens"
+        raise SpecError(describe("metric", f"positions {beyond}", expected, "Positions count from 0, or from the end."))

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from surgery.analysis.batches import rows_of
+from surgery.analysis.kept import at_positions
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.errors import SpecError, describe
 
@@ -49,7 +50,7 @@ class Reading:
         if logits is None or metric.positions is None or logits.dim() < 3:
             return logits
         if self.positions is None:
-            return logits[:, list(metric.positions)]
+            return at_positions(logits, metric.positions)
         return logits[:, [self.positions.index(p) for p in metric.positions]]
 
 

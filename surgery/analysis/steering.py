@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.analysis.batches import Batch, batches, rows_of
+from surgery.analysis.kept import Kept
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.tokens import chosen_tokens
 from surgery.analysis.vectors import SteeringVectors, marks
@@ -129,12 +130,10 @@ def _slopes(model: Any, batch: Batch, site: str, selection: dict[str, Any], metr
     nudges = {address: _Nudge() for address in selection["layers"]}
     edits = Spec([Edit(site, nudge, layers=[a], heads=selection["heads"]) for a, nudge in nudges.items()])
     inputs = uncached(model, batch)
+    kept = Kept(model, inputs, metric.positions)
     with patched(model, base + edits, kernel=kernel, strict=False), evaluating(model), torch.enable_grad():
-        output = model(**inputs)
-        logits = getattr(output, "logits", None)
-        if logits is not None and metric.positions is not None and logits.dim() > 2:
-            logits = logits[:, list(metric.positions)]
-        found = metric.function(Measured(model, inputs, output, logits, None))
+        output = model(**inputs, **kept.more)
+        found = metric.function(Measured(model, inputs, output, kept.logits(output), None))
         if several := [address for address, nudge in nudges.items() if len(nudge.zeros) != 1]:
             found_there = f"{', '.join(several)}, which a forward does not run just once"
             raise SpecError(describe("discover_vector", found_there, "one call of each", "Choose other layers."))
