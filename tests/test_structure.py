@@ -352,6 +352,18 @@ def test_a_model_at_random_composes_as_random_matrices_do() -> None:
         assert found.frame().deviations.abs().max() < 5
 
 
+@pytest.mark.parametrize("kind", ["q", "k", "v"])
+def test_compositions_of_a_model_in_float64_are_in_float64(kind: Any) -> None:
+    model = FAMILIES["llama"].build(dtype=torch.float64)
+    found = composition(model, kind)
+    places = [number for number, (address, _) in enumerate(found.heads) if address in ("self.0", "self.1")]
+    with torch.no_grad():  # as the analysis has it: torch orders some products otherwise where gradients are asked for
+        scores = weights.composition_scores(model, "self.0", "self.1", kind)
+    block = found.scores[np.ix_(places[:HEADS], places[HEADS:])]
+    assert scores.dtype == torch.float64 and np.array_equal(block, scores.numpy())
+    assert not np.array_equal(block, block.astype(np.float32)), "rounded on the way"
+
+
 def test_composition_in_the_demo_model() -> None:
     """The previous-token head writes what the induction head's k reads; both are named by other means in test_demo."""
     best = composition(load_model(), "k").top(1)

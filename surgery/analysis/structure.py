@@ -141,7 +141,7 @@ def composition(model: nn.Module, kind: Composition = "q", layers: Any = "all", 
                 notes.append(f"{sender.address} to {receiver.address}: {found}, so that something lies between")
                 continue
             block = np.ix_(places[sender.address], places[receiver.address])
-            scores[block] = composed(left, right).float().cpu().numpy()
+            scores[block] = composed(left, right).cpu().double().numpy()
             baseline[block], spread[block] = random.of(left, right)
     return Compositions(kind, heads, scores, baseline, spread, list(dict.fromkeys(notes)))
 
