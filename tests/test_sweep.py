@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from surgery import Edit, Freeze, Spec, SpecError, capture, collect_reference, patch_model, patched
+from surgery.analysis import ablation_study
 from surgery.analysis.sweep import Sweep
 from surgery.blocks import Blocks
 from surgery.demo import load_model
@@ -312,6 +313,16 @@ def test_experts_of_limited_capacity_are_run_on_all_positions() -> None:
     config.expert_capacity = 64
     torch.manual_seed(0)
     assert Sweep(transformers.SwitchTransformersForConditionalGeneration(config).eval(), ids, (-1,)).behind
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_no_tokens_in_a_forward_are_refused(tokens: int) -> None:
+    model, inputs = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    message = rf"sweep: found tokens={tokens}; expected 1 or more\. Leave it out"
+    with pytest.raises(SpecError, match=message):
+        Sweep(model, inputs, tokens=tokens)
+    with pytest.raises(SpecError, match=message):
+        ablation_study(model, inputs, tokens=tokens, progress=False)
 
 
 def test_the_plain_loop_can_be_asked_for() -> None:

@@ -23,7 +23,7 @@ from surgery.analysis.kept import Kept
 from surgery.analysis.narrow import narrowed, watching
 from surgery.analysis.replay import Layers, first_rows, recording, repeated, starting_at
 from surgery.blocks import Blocks
-from surgery.errors import NotFiredWarning, describe
+from surgery.errors import NotFiredWarning, SpecError, describe
 from surgery.evaluation import evaluating, uncached
 from surgery.patch import anatomy_of, cuts_of, patched
 from surgery.spec import Freeze, Spec
@@ -60,6 +60,7 @@ class Sweep:
     batch runs; where an output has numbers of the whole batch (a loss), exactly one. fast=False: the plain loop.
     checked: fills as the sweep finds out; that of another batch of the same model may be given.
     notes: why, where the plain loop or a whole forward was needed. forwards: whole forwards' worth of layer calls so far.
+    Raises SpecError for tokens below 1.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Sweep:
         fast: bool = True,
         checked: Checked | None = None,
     ) -> None:
+        if tokens is not None and tokens < 1:
+            raise SpecError(describe("sweep", f"tokens={tokens}", "1 or more", "Leave it out, and as many as fit are run."))
         self.model, self.rows = model, rows_of(inputs)
         self.inputs, self.positions = uncached(model, inputs), positions
         self.kept = Kept(model, inputs, positions)
