@@ -10,11 +10,14 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     BartConfig,
     BartForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    CanineConfig,
+    CanineModel,
     GitConfig,
     GitForCausalLM,
     T5ForTokenClassification,
@@ -31,6 +34,7 @@ from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.reading import Reading
 from surgery.analysis.targets import is_encoder_decoder
 from surgery.demo import load_model
+from surgery.vocabulary import vocabulary_of
 
 
 def seen(model: Any, inputs: dict[str, Any], clean: Tensor | None = None) -> Measured:
@@ -194,12 +198,58 @@ def test_every_function_asks_for_the_positions_that_a_metric_reads(ids: Tensor) 
 
 def test_data_in_every_form(ids: Tensor) -> None:
     model = load_model()
-    for data in (ids, {"input_ids": ids}, [ids], [{"input_ids": ids}], iter([ids])):
+    loaders = [DataLoader(kind(ids), batch_size=3) for kind in (TensorDataset, lambda rows: [{"input_ids": r} for r in rows])]
+    for data in (ids, {"input_ids": ids}, [ids], [{"input_ids": ids}], iter([ids]), [[ids]], [({"input_ids": ids},)], *loaders):
         [found] = batches(model, data)
         assert torch.equal(found["input_ids"], ids)
-    for wrong, message in ((5, "a int"), ("text", "a str"), ([], "no batches"), ([5], "batch of type int")):
+    pairs = DataLoader(TensorDataset(ids, ids), batch_size=3)
+    for wrong, message in (
+        (5, "a int"),
+        ("text", "a str"),
+        ([], "no batches"),
+        ([5], "batch of type int"),
+        ([[]], "batch of type list of nothing"),
+        (pairs, r"batch of type list of Tensor, Tensor; expected a tensor .*\. Pass \{'input_ids': ids\}: names say what"),
+    ):
         with pytest.raises(SpecError, match=message):
             batches(model, wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(0, 5, dtype=torch.long), r"a batch of 0 rows \(input_ids \(0, 5\)\); expected at least one example"),
+        (torch.zeros(2, 0, dtype=torch.long), r"input_ids of shape \(2, 0\) and torch.int64; expected whole numbers"),
+        (torch.tensor([1, 2, 3]), r"input_ids of shape \(3,\) .*of one sequence, ids\[None\]"),
+        (torch.zeros(2, 5), r"input_ids of shape \(2, 5\) and torch.float32"),
+        (torch.tensor([[1, 64]]), r"token 64; expected numbers below the model's 64 tokens"),
+        (torch.tensor([[-1, 6]]), r"token -1; expected numbers below the model's 64 tokens, from 0 on"),
+    ],
+)
+def test_what_can_be_no_tokens_is_refused(given: Tensor, message: str) -> None:
+    """Before anything runs, in every function that reads data."""
+    model = load_model()
+    for run in (
+        lambda: batches(model, given),
+        lambda: batches(model, [{"input_ids": torch.ones(1, 2, dtype=torch.long)}, {"input_ids": given}]),
+        lambda: ablation_study(model, given, progress=False),
+        lambda: verify_effect(model, Freeze("qk"), given),
+        lambda: check_gradients(model, Freeze("qk"), given),
+    ):
+        with pytest.raises(SpecError, match=f"data: found {message}"):
+            run()
+
+
+def test_only_the_tokens_of_a_text_are_held_against_the_vocabulary(ids: Tensor) -> None:
+    """Placeholders of pictures and sounds may stand beyond it; what has no table of tokens reads any number."""
+    model = load_model()
+    beside = {"input_ids": ids + 64, "pixel_values": torch.zeros(3, 2)}
+    assert torch.equal(batches(model, beside)[0]["input_ids"], beside["input_ids"])
+    characters = CanineModel(
+        CanineConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_hash_buckets=16)
+    )
+    assert vocabulary_of(characters) is None
+    assert torch.equal(batches(characters, ids + 100_000)[0]["input_ids"], ids + 100_000)
 
 
 def test_labels_beside_a_metric_of_one_position(ids: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SpecError, describe
 from surgery.taps import runs_on
+from surgery.vocabulary import require_known
 
 Batch = dict[str, Any]
 
@@ -16,7 +17,9 @@ Batch = dict[str, Any]
 def batches(model: nn.Module, data: Any) -> list[Batch]:
     """Keyword arguments of forward, batch by batch, on the model's device, without a KV cache where the model may keep one.
 
-    data: token ids (batch, position), a mapping of inputs, or an iterable of these. Raises SpecError for anything else.
+    data: token ids (batch, position), a mapping of inputs, or an iterable of these, each as it is or alone in a list or tuple
+    (as a DataLoader over a TensorDataset gives it). Raises SpecError for anything else, for batches without rows, and for ids
+    that are no tokens of the model.
     """
     given = [data] if isinstance(data, Tensor | Mapping) else data
     if not isinstance(given, Iterable) or isinstance(given, str):
@@ -28,16 +31,38 @@ def batches(model: nn.Module, data: Any) -> list[Batch]:
 
 
 def _batch(model: Any, given: Any) -> Batch:
+    if isinstance(given, list | tuple) and len(given) == 1:
+        (given,) = given
     if isinstance(given, Tensor):
         given = {getattr(model, "main_input_name", "input_ids"): given}
     if not isinstance(given, Mapping):
-        found = f"a batch of type {type(given).__name__}"
-        raise SpecError(describe("data", found, "a tensor or a mapping of inputs", "Pass {'input_ids': ids}."))
+        parts = f" of {', '.join(type(one).__name__ for one in given) or 'nothing'}" if isinstance(given, list | tuple) else ""
+        expected = "a tensor or a mapping of inputs, or a list or tuple of one of these"
+        do = "Pass {'input_ids': ids}: names say what a tensor is."
+        raise SpecError(describe("data", f"a batch of type {type(given).__name__}{parts}", expected, do))
     if not any(isinstance(value, Tensor) and value.dim() for value in given.values()):
         found = f"a batch without tensors ({', '.join(map(str, given)) or 'empty'})"
         raise SpecError(describe("data", found, "at least one tensor, whose rows are examples", "Pass {'input_ids': ids}."))
+    if not rows_of(given):
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items() if isinstance(value, Tensor))
+        raise SpecError(describe("data", f"a batch of 0 rows ({shapes})", "at least one example", "Leave it out."))
+    _require_tokens(model, given)
     device = runs_on(model)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def _require_tokens(model: Any, batch: Mapping[str, Any]) -> None:
+    """Raises SpecError for ids that have no positions, or are no tokens of the model."""
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = batch.get(name)
+        if isinstance(ids, Tensor) and (ids.dim() < 2 or not ids.numel() or ids.dtype.is_floating_point):
+            found = f"{name} of shape {tuple(ids.shape)} and {ids.dtype}"
+            do = "Pass tokenizer(texts, return_tensors='pt'); of one sequence, ids[None]."
+            raise SpecError(describe("data", found, "whole numbers (batch, position)", do))
+    ids = batch.get("input_ids")
+    # Beside pictures and sounds stand placeholders, which some models have beyond their tokens.
+    if isinstance(ids, Tensor) and not any(isinstance(v, Tensor) and v.is_floating_point() for v in batch.values()):
+        require_known("data", ids, model)
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:

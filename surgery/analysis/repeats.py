@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError, describe
+from surgery.vocabulary import vocabulary_of
 
 SEGMENT = 24
 """Tokens in one copy, unless told otherwise."""
@@ -137,7 +138,7 @@ def _config(model: Any) -> Any:
 
 
 def _vocabulary(model: Any) -> int:
-    size = getattr(model.get_input_embeddings(), "num_embeddings", getattr(_config(model), "vocab_size", None))
+    size = vocabulary_of(model) or getattr(_config(model), "vocab_size", None)
     if size is None:
         do = "Pass inputs of your own: it cannot read random tokens."
         raise SurgeryError(describe(type(model).__name__, "no vocabulary", "a model that reads tokens", do))

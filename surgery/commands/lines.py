@@ -68,12 +68,11 @@ def batches_of(samples: list[Sample], tokenizer: Any, missing: str, size: int, m
 
 
 def require_known(path: Path, batches: list[dict[str, Any]], model: Any) -> None:
-    """Raises SurgeryError for numbers of tokens that a model does not know: on a GPU these end the process."""
-    known = getattr(model.config.get_text_config(), "vocab_size", None)
-    largest = max(int(batch["input_ids"].max()) for batch in batches)
-    if isinstance(known, int) and largest >= known:
-        do = "Take the tokenizer of this model."
-        raise SurgeryError(describe(str(path), f"token {largest}", f"numbers below the model's {known} tokens", do))
+    """Raises SurgeryError for tokens of a file that a model does not know, by the file's name."""
+    from surgery import vocabulary
+
+    for batch in batches:
+        vocabulary.require_known(str(path), batch["input_ids"], model)
 
 
 def _sample(where: str, line: str) -> Sample:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.errors import ExportError, describe
 from surgery.sites import SITES
 from surgery.spec import Spec
 from surgery.taps import runs_on
+from surgery.vocabulary import vocabulary_of
 
 BATCH, LENGTH = 2, 16
 PLAIN = bool | int | float | str | None
@@ -28,7 +29,7 @@ def example_inputs(model: Any, given: Mapping[str, Any] | None = None, spec: Spe
         return dict(given)
     names = inspect.signature(type(model).forward).parameters
     name = getattr(model, "main_input_name", "input_ids")
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     if name != "input_ids" or vocabulary is None:
         do = "Pass example_inputs={...}, as the model's forward takes them."
         raise ExportError(describe("example inputs", f"a model that reads {name!r}", "input_ids", do))
@@ -58,11 +59,6 @@ def _sizes(spec: Spec) -> tuple[int, int]:
             if tensor.dim() == 4 and tensor.shape[0] > 1:
                 rows = tensor.shape[0]
     return rows, length
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    return getattr(embedding, "num_embeddings", None)
 
 
 def output_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
