@@ -21,10 +21,10 @@ from surgery.commands.pairs import (
     PairInputs,
     Rows,
     Wrong,
-    pair_of,
+    load_pair,
 )
 from surgery.commands.report import markdown_table, write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, listed, messages, say, working, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, listed, messages, say, working, write_json
 
 
 class Method(StrEnum):
@@ -87,14 +87,11 @@ def importance(
         raise typer.BadParameter("It has no slope where nothing is changed yet; use ig or ablation.", param_hint="--metric kl")
     with messages(debug):
         from surgery.analysis import head_importance
-        from surgery.demo.subject import Subject
         from surgery.plots import save
-        from surgery.pretrained import load_any, tokenizer_of
         from surgery.spec import Spec
 
         cuts = None if given is None else Spec.load(given)
-        loaded = load_any(model, trust_remote_code=trust_remote_code).to(device_of(device))
-        pair = pair_of(asked, Subject(model, loaded, *tokenizer_of(model, trust_remote_code=trust_remote_code)))
+        loaded, pair = load_pair(asked, model, device, trust_remote_code)
         with working("Scoring heads"):
             found = head_importance(
                 loaded,

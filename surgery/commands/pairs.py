@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.commands.data import labelled, require_tokenizer
-from surgery.commands.shared import read_inputs
+from surgery.commands.shared import device_of, read_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,8 +106,16 @@ class Pair:
     tokens: tuple[str, ...] = ()
 
 
-def pair_of(asked: Asked, subject: Subject) -> Pair:
-    """The inputs and the metric. Raises SurgeryError for what does not fit."""
+def load_pair(asked: Asked, model: str, device: str | None, trust_remote_code: bool) -> tuple[Any, Pair]:
+    """A model on its device, and the inputs and the metric for it. Raises SurgeryError for what does not fit."""
+    from surgery.demo.subject import Subject
+    from surgery.pretrained import load_any, tokenizer_of
+
+    loaded = load_any(model, trust_remote_code=trust_remote_code).to(device_of(device))
+    return loaded, _pair(asked, Subject(model, loaded, *tokenizer_of(model, trust_remote_code=trust_remote_code)))
+
+
+def _pair(asked: Asked, subject: Subject) -> Pair:
     if asked.clean is None and asked.inputs is None:
         return _copies(asked, subject)
     pair = (

@@ -21,10 +21,10 @@ from surgery.commands.pairs import (
     PairInputs,
     Rows,
     Wrong,
-    pair_of,
+    load_pair,
 )
 from surgery.commands.report import markdown_table, write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, listed, messages, say, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, listed, messages, say, write_json
 from surgery.sites import SITES
 
 
@@ -113,12 +113,9 @@ def patching(
     where = None if positions is None else _numbers(positions)
     with messages(debug):
         from surgery.analysis import activation_patching, path_patching
-        from surgery.demo.subject import Subject
         from surgery.plots import save
-        from surgery.pretrained import load_any, tokenizer_of
 
-        loaded = load_any(model, trust_remote_code=trust_remote_code).to(device_of(device))
-        pair = pair_of(asked, Subject(model, loaded, *tokenizer_of(model, trust_remote_code=trust_remote_code)))
+        loaded, pair = load_pair(asked, model, device, trust_remote_code)
         given = (
             loaded,
             in_batches(pair.clean, batch),
