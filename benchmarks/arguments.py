@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-Settings = TypeVar("Settings", bound=Any)
+
+@dataclass(frozen=True)
+class Common:
+    """What the command line says of every benchmark; its own sizes stand below these."""
+
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+    rounds: int = 5
+
+
+Settings = TypeVar("Settings", bound=Common)
 
 
 def parser(doc: str | None, quick: str, json: str = "where to write the results") -> argparse.ArgumentParser:

@@ -24,13 +24,9 @@ from surgery.demo.data import repeated_sequences
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(arguments.Common):
     """Sizes of the measurement. every: a token in so many is another in the corrupted inputs."""
 
-    device: str = "cpu"
-    threads: int = 1
-    seed: int = 0
-    rounds: int = 5
     layers: int = 12
     heads: int = 12
     d_head: int = 64

@@ -23,12 +23,9 @@ from surgery import Edit, Freeze, Spec, capture, collect_reference, patched
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(arguments.Common):
     """Sizes of the measurement. The defaults are those that the targets are stated for."""
 
-    device: str = "cpu"
-    threads: int = 1
-    seed: int = 0
     rounds: int = 20
     layers: int = 12
     heads: int = 12

@@ -25,12 +25,9 @@ from surgery.analysis.sweep import Sweep
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(arguments.Common):
     """Sizes of the measurement. token: whose log probability is read."""
 
-    device: str = "cpu"
-    threads: int = 1
-    seed: int = 0
     rounds: int = 3
     layers: int = 12
     heads: int = 12
