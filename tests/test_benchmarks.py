@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import surgery.unfused
-from benchmarks import export, importance, machine, memory, models, overhead, patching, results, sweep, table
+from benchmarks import coverage, export, importance, machine, memory, models, overhead, patching, results, sweep, table
 from benchmarks.resident import watched
 from benchmarks.timing import Pairs, Spread, interleave
 from surgery import Edit, Spec, patched
+from surgery.analysis.statistics import Paired, paired
 from surgery.classes import SurgicalAttention
 
 TOY = overhead.Settings(
@@ -309,6 +310,56 @@ def test_a_way_that_gives_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sweep.peers, "installed", lambda: {"nobody": "1.0"})
     with pytest.raises(RuntimeError, match=r"nobody 1.0: differs from the plain loop by \d"):
         list(sweep.measure(replace(sweep.QUICK, d_head=8)))
+
+
+def committed(name: str) -> dict[str, Any]:
+    return json.loads((results.FOLDER / f"{name}-cpu.json").read_text(encoding="utf-8"))
+
+
+def in_one_line(text: str | None) -> str:
+    assert text is not None
+    return " ".join(text.split())
+
+
+def test_intervals_that_hold_the_mean_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = coverage.Settings(rounds=5, examples=(3, 6), seed=4)
+    seen: list[bool] = []
+
+    def watched_pair(differences: Any, *arguments: Any, **options: Any) -> Paired:
+        found = paired(differences, *arguments, resamples=99, **options)
+        assert len(differences) == (3 if len(seen) < 5 else 6)
+        seen.append(found.low <= coverage.MEAN <= found.high)
+        return found
+
+    monkeypatch.setattr(coverage, "paired", watched_pair)
+    rows = list(coverage.measure(sizes))
+    assert [row["value"] for row in rows] == [sum(seen[:5]) / 5, sum(seen[5:]) / 5] and 0 < sum(seen) < 10
+    assert [row["what"] for row in rows] == ["3 examples", "6 examples"]
+
+
+def test_stated_coverage_is_that_of_the_results() -> None:
+    found = committed("coverage")
+    assert found["settings"] == json.loads(json.dumps(asdict(coverage.Settings())))
+    four, eight, sixteen = (f"{100 * row['value']:.0f} %" for row in found["rows"])
+    stated = f"95 % intervals hold the mean in {four} of samples of 4, {eight} of 8, {sixteen} of 16"
+    assert stated in in_one_line((results.ROOT / "README.md").read_text(encoding="utf-8"))
+    assert stated in in_one_line(Paired.__doc__)
+
+
+def test_stated_ranks_on_the_demo_model_are_measured() -> None:
+    """Ranks are no timings: they are measured here anew, and compared with those that are committed and stated."""
+    rows, known = list(importance.measure_demo(importance.DemoSettings())), committed("importance_demo")["rows"]
+    assert [(row["group"], row["what"]) for row in rows] == [(row["group"], row["what"]) for row in known]
+    # The same ranks: what is left is the rounding of their correlation.
+    assert [row["value"] for row in rows] == pytest.approx([row["value"] for row in known], abs=1e-9)
+    by_name = {row["what"]: row for row in rows}
+    ways = ("attribution patching, to zero", "AtP* without GradDrop", "AtP*")
+    plain, without, star = (by_name[f"{what}: qk"] for what in ways)
+    text = in_one_line((results.ROOT / "README.md").read_text(encoding="utf-8"))
+    assert f"the 8 QK circuits with a Spearman correlation of {plain['value']:.2f} to exact cuts" in text
+    assert f"AtP* with {without['value']:.2f}, for one more forward" in text and without["value"] == star["value"]
+    assert (without["forwards"], without["backwards"]) == (plain["forwards"] + 1, plain["backwards"])
+    assert star["backwards"] == without["backwards"] + 2, "of two layers"
 
 
 def test_the_costs_of_scores_are_measured() -> None:

@@ -20,7 +20,8 @@ class Paired:
     """Of differences d, one per example. effect: mean of d; size: mean / standard deviation of d (Cohen's d_z; 0 if all are 0).
 
     low, high: of the mean, by bootstrap over examples (bias-corrected and accelerated; Efron 1987). Of few examples they are
-      too narrow: of normal differences, 95 % intervals held the mean in 77 % of samples of 4, 87 % of 8, 93 % of 16.
+      too narrow: of normal differences, 95 % intervals hold the mean in 80 % of samples of 4, 89 % of 8, 92 % of 16
+      (`benchmarks/coverage.py`).
     size_low, size_high: of the size, likewise by percentiles; a resample of one difference alone is of infinite size, so that
       few examples may leave the interval open.
     p: two-sided, by flipping signs of d (Fisher 1935), exact for few examples: under the null hypothesis that a cut moves
