@@ -77,7 +77,7 @@ def measure(case: str, length: int, *, whole_model: bool = False, device: str = 
         forward = _forward_of_model(model, device) if whole_model else _forward_of_attention(model, length, device)
         forward(4)  # code that is made on a first call is not what is measured
         before = _resident()
-        peak = (_peak_cuda if torch.device(device).type == "cuda" else _peak_cpu)(lambda: forward(length))
+        peak = (peak_cuda if torch.device(device).type == "cuda" else peak_cpu)(lambda: forward(length))
         return {"peak": peak, "resident": _resident() - before, "matrix": length**2 * model.dtype.itemsize}
 
 
@@ -96,7 +96,7 @@ def _forward_of_attention(model: Any, length: int, device: str) -> Callable[[int
     return lambda n: attention(states[:, :n], attention_mask=None if mask is None else mask[..., :n, :n])
 
 
-def _peak_cuda(forward: Callable[[], Any]) -> int:
+def peak_cuda(forward: Callable[[], Any]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -105,7 +105,8 @@ def _peak_cuda(forward: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_cpu(forward: Callable[[], Any]) -> int:
+def peak_cpu(forward: Callable[[], Any]) -> int:
+    """Bytes that torch's CPU allocator held at most in a call, above what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         forward()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None

@@ -592,8 +592,10 @@ def test_what_cannot_be_collected_is_refused() -> None:
     labels[1] = -100
     with pytest.raises(SpecError, match="found no position that counts in example 1"):
         collect(model, {"input_ids": ids, "labels": labels}, progress=False)
-    with pytest.raises(SpecError, match=r"losses of shape \(\); expected one for each of 3 samples"):
+    with pytest.raises(SpecError, match=r"found one number for all; expected one for each of 3 samples"):
         collect(model, ids, loss=lambda output: output.logits.sum(), progress=False)
+    with pytest.raises(SpecError, match=r"a tensor of shape \(3, 9\); expected a number, or one for each of 3 examples"):
+        collect(model, ids, loss=lambda output: output.logits.sum(2), progress=False)
     with pytest.raises(SpecError, match="samples 0, 1, 2"):
         collect(model, ids, loss=lambda output: 0 * output.logits.sum((1, 2)), progress=False)
     a, b = task("", model, ids), task("", FAMILIES["gpt2"].build(), ids)

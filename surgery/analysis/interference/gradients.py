@@ -196,13 +196,11 @@ def _losses(model: Any, batch: Batch, metric: Metric, rows: int) -> Callable[[],
     def run() -> Tensor:
         output = model(**uncached(model, batch))
         logits = getattr(output, "logits", None)
-        found = metric.function(Measured(model, batch, output, logits if isinstance(logits, Tensor) else None, None))
-        shape = tuple(found.shape) if isinstance(found, Tensor) else None
-        if shape != (rows,) and not (rows == 1 and shape == ()):
-            what = f"losses of type {type(found).__name__}" if shape is None else f"losses of shape {shape}"
-            expected = f"one for each of {rows} samples: ({rows},)"
-            raise SpecError(describe(f"loss {metric.name!r}", what, expected, "Do not reduce over samples."))
-        return found.reshape(rows)
+        found = metric.raw(Measured(model, batch, output, logits if isinstance(logits, Tensor) else None, None))
+        if len(found) != rows:
+            expected = f"one for each of {rows} samples"
+            raise SpecError(describe(f"loss {metric.name!r}", "one number for all", expected, "Do not reduce over samples."))
+        return found
 
     return run
 
