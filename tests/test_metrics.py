@@ -208,8 +208,9 @@ def test_data_in_every_form(ids: Tensor) -> None:
         ("text", "a str"),
         ([], "no batches"),
         ([5], "batch of type int"),
-        ([[]], "batch of type list of nothing"),
-        (pairs, r"batch of type list of Tensor, Tensor; expected a tensor .*\. Pass \{'input_ids': ids\}: names say what"),
+        ([[]], r"batch of type list with 0 parts \(empty\)"),
+        ([list(range(99))], r"batch of type list with 99 parts \(int\)"),
+        (pairs, r"batch of type list with 2 parts \(Tensor\); expected a tensor .*\. Pass \{'input_ids': ids\}: names"),
     ):
         with pytest.raises(SpecError, match=message):
             batches(model, wrong)
@@ -236,7 +237,7 @@ def test_what_can_be_no_tokens_is_refused(given: Tensor, message: str) -> None:
         lambda: verify_effect(model, Freeze("qk"), given),
         lambda: check_gradients(model, Freeze("qk"), given),
     ):
-        with pytest.raises(SpecError, match=f"data: found {message}"):
+        with pytest.raises(SpecError, match=f"(data|input_ids): found {message}"):
             run()
 
 
@@ -245,6 +246,10 @@ def test_only_the_tokens_of_a_text_are_held_against_the_vocabulary(ids: Tensor) 
     model = load_model()
     beside = {"input_ids": ids + 64, "pixel_values": torch.zeros(3, 2)}
     assert torch.equal(batches(model, beside)[0]["input_ids"], beside["input_ids"])
+    translator = FAMILIES["bart"].build()
+    given = {"input_ids": ids, "decoder_input_ids": ids + translator.config.vocab_size}
+    with pytest.raises(SpecError, match=r"decoder_input_ids: found token \d+; expected numbers below the model's \d+ tokens"):
+        batches(translator, given)
     characters = CanineModel(
         CanineConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_hash_buckets=16)
     )

@@ -36,10 +36,11 @@ def _batch(model: Any, given: Any) -> Batch:
     if isinstance(given, Tensor):
         given = {getattr(model, "main_input_name", "input_ids"): given}
     if not isinstance(given, Mapping):
-        parts = f" of {', '.join(type(one).__name__ for one in given) or 'nothing'}" if isinstance(given, list | tuple) else ""
+        found = f"a batch of type {type(given).__name__}"
+        if isinstance(given, list | tuple):
+            found += f" with {len(given)} parts ({', '.join(dict.fromkeys(type(one).__name__ for one in given)) or 'empty'})"
         expected = "a tensor or a mapping of inputs, or a list or tuple of one of these"
-        do = "Pass {'input_ids': ids}: names say what a tensor is."
-        raise SpecError(describe("data", f"a batch of type {type(given).__name__}{parts}", expected, do))
+        raise SpecError(describe("data", found, expected, "Pass {'input_ids': ids}: names say what a tensor is."))
     if not any(isinstance(value, Tensor) and value.dim() for value in given.values()):
         found = f"a batch without tensors ({', '.join(map(str, given)) or 'empty'})"
         raise SpecError(describe("data", found, "at least one tensor, whose rows are examples", "Pass {'input_ids': ids}."))
@@ -52,17 +53,19 @@ def _batch(model: Any, given: Any) -> Batch:
 
 
 def _require_tokens(model: Any, batch: Mapping[str, Any]) -> None:
-    """Raises SpecError for ids that have no positions, or are no tokens of the model."""
+    """Raises SpecError for ids that have no positions, or are no tokens of the stack that reads them."""
+    # Beside pictures and sounds stand placeholders, which some models have beyond their tokens.
+    is_text = not any(isinstance(value, Tensor) and value.is_floating_point() for value in batch.values())
     for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
-        if isinstance(ids, Tensor) and (ids.dim() < 2 or not ids.numel() or ids.dtype.is_floating_point):
+        if not isinstance(ids, Tensor):
+            continue
+        if ids.dim() < 2 or not ids.numel() or ids.dtype.is_floating_point:
             found = f"{name} of shape {tuple(ids.shape)} and {ids.dtype}"
             do = "Pass tokenizer(texts, return_tensors='pt'); of one sequence, ids[None]."
             raise SpecError(describe("data", found, "whole numbers (batch, position)", do))
-    ids = batch.get("input_ids")
-    # Beside pictures and sounds stand placeholders, which some models have beyond their tokens.
-    if isinstance(ids, Tensor) and not any(isinstance(v, Tensor) and v.is_floating_point() for v in batch.values()):
-        require_known("data", ids, model)
+        if is_text:
+            require_known(name, ids, model if name == "input_ids" else getattr(model, "get_decoder", lambda: None)())
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:
