@@ -32,7 +32,7 @@ class Settings(arguments.Common):
     """Sizes of the measurement. widths: of a head, each a model; samples: of each task; stacked: layers of a whole map."""
 
     heads: int = 12
-    widths: tuple[int, ...] = (16, 32, 64)
+    widths: tuple[int, ...] = (8, 16, 32, 64)
     samples: int = 100
     length: int = 64
     memory_mib: float = 64.0

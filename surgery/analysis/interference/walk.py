@@ -98,19 +98,24 @@ class Walk:
                 through = self._factors(self.split, block.split_key) if self.split and block.group > 1 else []
                 wide = next(iter(factors.values()))[0][0].shape[-1]
                 more = self.rho * self._mean(block, wide)
-                step = self._step(block, wide)
-                buffers = {id(t): torch.empty(len(t) * step * block.narrow, device=self.device) for t in self.every}
+                together, step = self._sizes(block, wide)
+                size = together * step * block.narrow
+                buffers = {id(task): torch.empty(len(task) * size, device=self.device) for task in self.every}
                 spare = torch.empty(len(through) and len(self.tasks[-1]) * step * block.narrow, device=self.device)
-                for head in range(block.heads):
+                for first in range(0, block.heads, together):
+                    heads = range(first, min(first + together, block.heads))
                     for start in range(0, wide, step):
                         rows = slice(start, min(start + step, wide))
-                        formed = {key: _formed(some, head, rows, block, buffers[key]) for key, some in factors.items()}
-                        gradients = [formed[id(task)] for task in self.tasks]
-                        fisher = self._reference(block, head, rows, formed, more)
-                        for number in self._numbers(block, head):
-                            part = _formed(through, number, rows, block, spare) if through else gradients[-1]
-                            yield Stretch(block, number, gradients, fisher, part)
-                    bar.update(len(self._numbers(block, head)))
+                        formed = {key: _formed(some, heads, rows, block, buffers[key]) for key, some in factors.items()}
+                        for head in heads:
+                            of_head = {key: found[head - first] for key, found in formed.items()}
+                            gradients = [of_head[id(task)] for task in self.tasks]
+                            fisher = self._reference(block, head, rows, of_head, more)
+                            for number in self._numbers(block, head):
+                                one = range(number, number + 1)
+                                part = _formed(through, one, rows, block, spare)[0] if through else gradients[-1]
+                                yield Stretch(block, number, gradients, fisher, part)
+                    bar.update(len(heads) * len(self._numbers(block, 0)))
 
     def _heads(self, block: Block) -> int:
         return block.heads if self.split is None else block.heads * block.group
@@ -128,17 +133,17 @@ class Walk:
             found.append((wide.to(self.device).float(), narrow.to(self.device), scale[:, None, None].to(self.device)))
         return found
 
-    def _step(self, block: Block, wide: int) -> int:
-        """Rows of the wide side in a stretch."""
+    def _sizes(self, block: Block, wide: int) -> tuple[int, int]:
+        """Heads that are formed together, for products of few channels are slow, and rows of their wide side."""
         samples = sum(len(task) for task in self.every) + (len(self.tasks[-1]) if self.split else 0)
-        step = int(self.memory_mib * 2**20 / (4 * COPIES * samples * block.narrow))
-        return max(1, min(wide, step))
+        rows = max(1, int(self.memory_mib * 2**20 / (4 * COPIES * samples * block.narrow)))
+        return max(1, min(block.heads, rows // wide)), min(wide, rows)
 
     def _reference(self, block: Block, head: int, rows: slice, formed: dict[int, Tensor], more: float) -> Tensor:
         if not self.needs_fisher:
             return torch.ones((), device=self.device)
         if self.fisher is not None:
-            return self.fisher.part(block.key, head, rows.start, rows.stop).flatten().to(self.device) + more
+            return self.fisher.part(block.key, head, rows.start, rows.stop).mT.flatten().to(self.device) + more
         squares = torch.stack([formed[id(task)].square().sum(0) for task in self.pool]).sum(0)
         return squares.div_(sum(len(task) for task in self.pool)).add_(more)
 
@@ -154,16 +159,17 @@ class Walk:
         return found if found > 0 else 1.0  # of a block without gradients: anything divides zero
 
 
-def _formed(factors: list[Factor], head: int, rows: slice, block: Block, buffer: Tensor) -> Tensor:
-    """(sample, parameter): rows of a head's gradients, in a buffer that holds at least as much."""
-    samples, size = sum(len(wide) for wide, _, _ in factors), (rows.stop - rows.start) * block.narrow
-    found = buffer[: samples * size].view(samples, -1, block.narrow)
+def _formed(factors: list[Factor], heads: range, rows: slice, block: Block, buffer: Tensor) -> list[Tensor]:
+    """For each head (sample, parameter): rows of its gradients, in a buffer that holds at least as much."""
+    samples, channels = sum(len(wide) for wide, _, _ in factors), slice(heads.start * block.narrow, heads.stop * block.narrow)
+    length = rows.stop - rows.start
+    found = buffer[: samples * len(heads) * block.narrow * length].view(samples, -1, length)
     done = 0
     for wide, narrow, scale in factors:
-        part = narrow[..., head * block.narrow : (head + 1) * block.narrow].float() * scale
-        torch.bmm(wide[..., rows].mT, part, out=found[done : done + len(wide)])
+        part = narrow[..., channels].float() * scale
+        torch.bmm(part.mT, wide[..., rows], out=found[done : done + len(wide)])
         done += len(wide)
-    return found.view(samples, size)
+    return [found[:, k * block.narrow : (k + 1) * block.narrow].flatten(1) for k in range(len(heads))]
 
 
 def _common(tasks: Sequence[Gradients]) -> list[Block]:
