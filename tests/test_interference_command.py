@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from families import FAMILIES
 from test_commands import invoke
 from test_finding_commands import data, is_picture
 from worded import write_task, write_worded
@@ -89,6 +91,28 @@ def test_options_reach_the_functions(folder: Path, tmp_path: Path) -> None:
     assert rows["mean"].tolist() == pytest.approx(heatmap(a, b, [a, b, n], "whitened", rho=0.1).means.tolist(), rel=1e-4)
     assert any("99 labelings" in note for note in found["notes"]), "too few are said, not hidden"
     assert "99 labelings" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_biases_and_query_heads(tmp_path: Path) -> None:
+    """Of a model whose query heads share heads of k and v."""
+    model = FAMILIES["qwen2"].build()
+    model.save_pretrained(tmp_path / "model")
+    for seed, name in enumerate("abn"):
+        ids = torch.randint(1, 60, (7, 9), generator=torch.Generator().manual_seed(seed))
+        lines = [json.dumps({"input_ids": row}) for row in ids.tolist()]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "out"
+    found = data(*asked(tmp_path, out, "--biases", "--query-heads"))
+    a, b, n = (
+        collect(model, batches_of(read_lines(tmp_path / f"{name}.jsonl", 2), None, "", 8), progress=False, **options)
+        for name, options in (("a", {"biases": True}), ("b", {"biases": True, "query_heads": True}), ("n", {"biases": True}))
+    )
+    assert pd.DataFrame(found["rows"])["mean"].tolist() == pytest.approx(heatmap(a, b, [a, b, n]).means.tolist(), rel=1e-4)
+    parts = pd.read_csv(out / "query-heads.csv")
+    expected = heatmap(a, b, [a, b, n], query_heads=True)
+    assert [tuple(row) for row in parts[["address", "block", "head"]].to_numpy()] == expected.hypotheses
+    assert parts["mean"].tolist() == pytest.approx(expected.means.tolist(), rel=1e-4)
+    assert is_picture(out / "query-heads.png") and "![query-heads](query-heads.png)" in (out / "report.md").read_text("utf-8")
 
 
 def test_samples_are_batched_by_length_and_kind(tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ def interference(
     ),
     layers: Layers = "all",
     rho: Annotated[float, typer.Option(help="Of the Fisher reference's mean, added to it.")] = 1e-3,
+    biases: Annotated[bool, typer.Option("--biases", help="Count those of Q, K and V.")] = False,
+    query_heads: Annotated[
+        bool, typer.Option("--query-heads", help="Also share K and V out among the query heads that share them.")
+    ] = False,
     permutations: Annotated[
         int | None, typer.Option(min=1, help="Ways to hand out labels.", show_default="2 × heads and blocks / alpha")
     ] = None,
@@ -73,7 +77,8 @@ def interference(
         samples = {name: read_lines(file, FEWEST) for name, file in files.items()}
         tokenizer, missing = tokenizer_of(model, trust_remote_code=trust_remote_code)
         given = {name: batches_of(some, tokenizer, missing, batch, length) for name, some in samples.items()}
-        loaded = load_any(model, trust_remote_code=trust_remote_code).to(device_of(device))
+        place = device_of(device)
+        loaded = load_any(model, trust_remote_code=trust_remote_code).to(place)
         for name, file in files.items():
             require_known(file, given[name], loaded)
         is_shown = sys.stderr.isatty()
@@ -83,18 +88,21 @@ def interference(
                 batches,
                 task=f"{name}: {files[name].stem}",
                 layers=layers_of(layers),
+                biases=biases,
+                query_heads=query_heads,
                 resume=out / "gradients" / name if resume else None,
                 progress=is_shown,
             )
             for name, batches in given.items()
         )
-        options: dict[str, Any] = {"n_permutations": permutations, "alpha": alpha, "seed": seed, "progress": is_shown}
+        formed: dict[str, Any] = {"device": place, "progress": is_shown}
+        options = {"n_permutations": permutations, "alpha": alpha, "seed": seed, **formed}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             overlap = overlap_test(a, b, n, kernel=kernel.value, rho=rho, **options)
             conflict = conflict_test(a, b, **options)
-        measured = heatmap(a, b, [a, b, n], kernel.value, rho=rho, progress=is_shown)
-        signed = heatmap(a, b, kernel="signed", progress=is_shown)
+        measured = heatmap(a, b, [a, b, n], kernel.value, rho=rho, **formed)
+        signed = heatmap(a, b, kernel="signed", **formed)
         notes = [*(str(one.message) for one in caught), *overlap.notes, *conflict.notes]
 
         out.mkdir(parents=True, exist_ok=True)
@@ -109,11 +117,17 @@ def interference(
         save(measured.picture(overlap, title), out / "heads")
         save(measured.blocks_picture(seed=seed, title=title), out / "blocks")
         save(measured.beside(signed, overlap, conflict, f"{title}, and where the two are opposed"), out / "conflict")
+        pictures = ["heads", "blocks", "conflict"]
+        if query_heads:
+            shared_out = heatmap(a, b, [a, b, n], kernel.value, rho=rho, query_heads=True, keep_maps=False, **formed)
+            shared_out.to_frame().to_csv(out / "query-heads.csv", index=False)
+            save(shared_out.picture(title=f"{title}, K and V by query head"), out / "query-heads")
+            pictures.append("query-heads")
         tasks = [
             f"* {name}: `{files[name]}`, {len(one)} samples, loss {one.losses.mean():.4g} nats per token"
             for name, one in zip(files, (a, b, n), strict=True)
         ]
-        _report(out, f"{title} in {Path(model).name}", tasks, kernel.value, rho, overlap, conflict, table, top, notes)
+        _report(out, f"{title} in {Path(model).name}", tasks, kernel.value, rho, overlap, conflict, table, top, notes, pictures)
         if as_json:
             found = {"overlap": overlap.title, "conflict": conflict.title}
             write_json({"out": str(out), "kernel": kernel.value, **found, "notes": notes, "rows": table.to_dict("records")})
@@ -149,6 +163,7 @@ def _report(
     table: Any,
     top: Any,
     notes: list[str],
+    pictures: list[str],
 ) -> None:
     """What was read, both tests' findings, and how far they can be trusted."""
     text = [
@@ -170,5 +185,5 @@ def _report(
         "The test of overlap compares a head with the others of the same sample, so that a difference in loss alone is not "
         "found. It finds shares, not sizes: a head that does next to nothing may be found too, and its mean says so."
     ]
-    pictures = ["![heads](heads.png)", "", "![blocks](blocks.png)", "", "![overlap and conflict](conflict.png)"]
-    write_report(out, title, text, trust, pictures, *parts, [f"* {note}" for note in notes])
+    shown = [line for name in pictures for line in (f"![{name}]({name}.png)", "")]
+    write_report(out, title, text, trust, shown, *parts, [f"* {note}" for note in notes])
