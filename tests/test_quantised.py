@@ -36,6 +36,7 @@ from surgery import (
     unpatch_model,
     weights,
 )
+from surgery.analysis.interference import collect, heatmap
 from surgery.sites import SITES
 
 pytestmark = [
@@ -193,6 +194,30 @@ def test_eager_is_the_model_loaded_as_eager(load: Load, name: str, kind: str, dt
     for implementation in ("sdpa", "eager"):
         model = patch_model(load(name, kind, implementation, dtype), kernel="eager")
         assert torch.equal(logits(model, name), expected), implementation
+
+
+@pytest.mark.parametrize("kind", DIFFERENTIABLE)
+def test_gradients_of_heads_are_those_of_the_numbers_that_weights_stand_for(load: Load, kind: str) -> None:
+    """Without a gradient of any stored number: as of a model of floats whose layers compute what the quantised ones do."""
+    model = load("llama", kind)
+    twin = FAMILIES["llama"].build(**SIZES["llama"])
+    ids = [inputs("llama")["input_ids"].roll(shift, 1) for shift in (0, 1)]
+    a, b = (collect(model, some, task=str(number), progress=False) for number, some in enumerate(ids))
+    with torch.no_grad():
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                twin.get_submodule(path).weight.copy_(layer(torch.eye(layer.in_features)).mT)
+    expected = collect(twin, ids[0], progress=False)
+    assert all(p.grad is None for p in model.parameters())
+    for hypothesis in a.hypotheses:
+        for sample in range(len(a)):
+            found, wanted = (one.gradient(sample, *hypothesis).flatten() for one in (a, expected))
+            # Activations of 8 bits move a pattern, and with it the small gradients of Q and K; those of other heads are no
+            # neighbours at all.
+            is_close = torch.cosine_similarity(found, wanted, 0) > 0.9 if kind in LOOSE else gap(found, wanted) < 1e-3
+            assert is_close, (hypothesis, sample)
+    maps = heatmap(a, b).maps  # one model, whatever its layers pack anew
+    assert maps is not None and bool((maps.sum((1, 2)) > 0).all())
 
 
 @pytest.mark.parametrize("cuts", [None, Freeze("both", heads=[1], backward="ste")], ids=["none", "ste"])

@@ -58,7 +58,9 @@ def blocks_of(attentions: Sequence[Attention]) -> tuple[list[Block], list[str]]:
         for name, site in BLOCKS.items():
             projection = attention.projections.get(site)
             if projection is None:
-                missing.append(f"{attention.address}.{name}: {attention.why.get(site, 'it comes from no single projection')}")
+                why = attention.why.get(site, "it comes from none")
+                do = "Leave its layer out by layers=."
+                missing.append(describe(f"{attention.address}.{name}", why, "one projection of its own", do))
             else:
                 heads = len(projection.channels)
                 found.append(Block(attention.address, name, projection, heads, attention.heads // heads))

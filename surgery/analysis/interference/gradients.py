@@ -151,7 +151,7 @@ def collect(
     anatomy = anatomy_of(model)
     blocks, missing = blocks_of(anatomy.select(layers, "collect"))
     if missing:
-        raise UnsupportedArchitectureError(listing("collect", [*missing, "Leave these layers out by layers=."]))
+        raise UnsupportedArchitectureError(listing("collect", missing))
     spec, kernel = cuts_of(model)
     about: dict[str, Any] = {"model": anatomy.fingerprint, "weights": _weights(model)}
     about |= {"cuts": spec.fingerprint(), "loss": metric.name, "biases": biases}
