@@ -577,7 +577,8 @@ def test_a_collection_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytes
 def test_projections_that_are_not_derived_are_refused() -> None:
     """DeepSeek's keys come from two projections."""
     model = FAMILIES["deepseek_v3"].build()
-    with pytest.raises(UnsupportedArchitectureError, match=r"(?s)2 problems.*self\.0\.K: found k is joined from .*; expected one proj.*by layers="):
+    message = r"(?s)2 problems.*self\.0\.K: found k is joined from .*; expected one projection .*by layers="
+    with pytest.raises(UnsupportedArchitectureError, match=message):
         collect(model, tokens(3), progress=False)
 
 
