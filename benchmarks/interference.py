@@ -149,9 +149,10 @@ def _permutations(s: Settings) -> Row:
 
 @dataclass(frozen=True)
 class PlantedSettings(arguments.Common):
-    """Sizes of the studies, see `planted.Sizes`. rounds: studies; replicates: of the level."""
+    """Sizes of the studies, see `planted.Sizes`. replicates: of the level. rounds_are: in words."""
 
     rounds: int = 40
+    rounds_are: str = "studies"
     layers: int = 8
     heads: int = 12
     d_head: int = 4
@@ -168,7 +169,7 @@ def measure_planted(s: PlantedSettings) -> Iterator[Row]:
     sizes = planted.Sizes(s.layers, s.heads, s.d_head, s.length, s.samples)
     planter = planted.Planter(planted.model(sizes, s.seed), sizes, s.seed)
     size = f"{4 * len(planter.places())} hypotheses, {s.samples} samples a task"
-    for name, study in (("overlap_test", planted.overlap), ("conflict_test", planted.conflict)):
+    for name, study in (("test of overlap", planted.overlap), ("test of conflict", planted.conflict)):
         found = [study(planter, s.seed + number) for number in range(s.rounds)]
         group = f"{name}: {s.rounds} studies of {size}"
         yield row(group, "planted hypotheses that were missed", _mean([1 - one.power for one in found]), 0.05)

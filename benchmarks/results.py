@@ -55,7 +55,7 @@ def shown(row: Row) -> tuple[str, str, str, str]:
     """A row in words: value, quartiles, target, whether it was met."""
     digits = 3 if row["value"] < 2 else 2
     value, low, high = (f"{row[name]:.{digits}f}" for name in ("value", "low", "high"))
-    target = "" if row["target"] is None else f"≤ {row['target']:g}"
+    target = "" if row["target"] is None else f"≤ {row['target']:.3g}"
     met = "" if row["met"] is None else "yes" if row["met"] else "no"
     return value, "" if low == high else f"{low} – {high}", target, met
 

@@ -48,7 +48,8 @@ def _files(folder: Path, name: str) -> list[Path]:
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     machine, settings = found["machine"], found["settings"]
     is_gpu = "gpu" in machine
-    yield f"{sentence(machine)}; seed {settings['seed']}, {settings['rounds']} interleaved rounds, {machine['date']}.\n"
+    rounds = f"{settings['rounds']} {settings.get('rounds_are', 'interleaved rounds')}"
+    yield f"{sentence(machine)}; seed {settings['seed']}, {rounds}, {machine['date']}.\n"
     for group, rows in groupby(found["rows"], key=lambda row: row["group"]):
         times = ("time",) if is_gpu else ()
         yield _row(f"{group[0].upper()}{group[1:]}", "median", "quartiles", "target", "met", *times)

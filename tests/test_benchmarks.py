@@ -15,7 +15,20 @@ import pytest
 import torch
 
 import surgery.unfused
-from benchmarks import coverage, export, importance, machine, memory, models, overhead, patching, results, sweep, table
+from benchmarks import (
+    coverage,
+    export,
+    importance,
+    interference,
+    machine,
+    memory,
+    models,
+    overhead,
+    patching,
+    results,
+    sweep,
+    table,
+)
 from benchmarks.resident import watched
 from benchmarks.timing import Pairs, Spread, interleave
 from surgery import Edit, Spec, patched
@@ -365,3 +378,24 @@ def test_stated_ranks_on_the_demo_model_are_measured() -> None:
 def test_the_costs_of_scores_are_measured() -> None:
     rows = list(importance.measure(replace(importance.QUICK, rounds=1, layers=2, heads=2, d_head=8)))
     assert [row["what"] for row in rows] == [what for what, *_ in importance.METHODS] and all(row["value"] > 0 for row in rows)
+
+
+def test_maps_of_interference_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = interference.Settings(rounds=1, heads=2, widths=(4,), samples=8, length=16, stacked=2, permutations=640)
+    rows = list(interference.measure(sizes))
+    assert len(rows) == len({(row["group"], row["what"]) for row in rows}) == 7 and all(row["value"] > 0 for row in rows)
+    assert rows[0]["target"] == 1 / 50 and rows[1]["target"] == 1 / 3
+    whole, means = rows[-3]["value"], rows[-2]["value"]
+    assert whole > means + 0.9, "the map itself is counted"
+    right = interference.heatmap
+    monkeypatch.setattr(interference, "heatmap", lambda a, b, **options: right(b, a, **options))
+    with pytest.raises(RuntimeError, match="ours: differs from the loop over pairs by"):
+        list(interference.measure(sizes))
+
+
+def test_planted_studies_are_measured() -> None:
+    sizes = interference.PlantedSettings(rounds=1, layers=6, heads=6, length=32, replicates=4)
+    rows = list(interference.measure_planted(sizes))
+    assert [row["value"] for row in rows[:4]] == [0, rows[1]["value"], 0, rows[3]["value"]], "all that is planted is found"
+    assert [row["target"] for row in rows] == [0.05] * 4 + [0.06] * 2
+    assert all(row["met"] == (0.04 <= row["value"] <= 0.06) for row in rows[4:])
