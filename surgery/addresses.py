@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
@@ -26,6 +27,11 @@ def find_addresses(paths: dict[nn.Module, list[str]]) -> dict[nn.Module, tuple[t
         for (_, module), number in zip(members, numbers, strict=True):
             found[module].append((f"{stack}{kind}.{number}", kind, number))  # type: ignore[arg-type]
     return {m: (tuple(a for a, _, _ in found[m]), found[m][0][1], found[m][0][2]) for m in paths}
+
+
+def main_address(layer: int, addresses: Iterable[str]) -> str:
+    """The self-attention that a plain number means: the only stack's, or the decoder's beside others."""
+    return f"self.{layer}" if any(address.startswith("self.") for address in addresses) else f"decoder.self.{layer}"
 
 
 def _stack_path(path: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from surgery.addresses import main_address
 from surgery.errors import NoMatchError, describe
 from surgery.family import Family
 from surgery.sites import SITES
@@ -179,7 +180,7 @@ class Anatomy:
         chosen: set[str] = set()
         missing = []
         for item in layers:
-            pattern = self._main_address(item) if isinstance(item, int) else item
+            pattern = main_address(item, every) if isinstance(item, int) else item
             found = {address for address in every if fnmatch.fnmatchcase(address, pattern)} | by_path.get(item, set())
             chosen |= found
             missing += [] if found else [item]
@@ -196,12 +197,6 @@ class Anatomy:
         except NoMatchError as error:
             raise NoMatchError(f"{what}: {error}") from None
         return [a for a in self.attentions if chosen.intersection(a.addresses)]
-
-    def _main_address(self, layer: int) -> str:
-        """The self-attention that a plain number means: the only stack's, or the decoder's beside others."""
-        every = {address for attention in self.attentions for address in attention.addresses}
-        plain = any(address.startswith("self.") for address in every)
-        return f"self.{layer}" if plain else f"decoder.self.{layer}"
 
     def _ranges(self) -> str:
         """The addresses that exist, as ranges: "self.0 to self.11"."""

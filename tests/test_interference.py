@@ -634,7 +634,8 @@ def test_what_cannot_be_collected_is_refused() -> None:
         heatmap(a, a, keep_maps=False).map("self.0", "Q", 0)
     found = heatmap(a, a)
     with pytest.raises(SpecError, match=r"found self\.7 Q head 0"):
-        found.map("self.7", "Q", 0)
+        found.map(7, "Q", 0)
+    assert found.sample_pair(0, 1, 0, 1) == found.sample_pair(0, 1, "self.0", 1)
     assert found.sample_pair(0, 1, "self.0", 1) == {b: float(found.map("self.0", b, 1)[0, 1]) for b in "QKVO"}
     assert found.by_head()["Q"].shape == (2, 4) and found.by_head()["K"].shape[0] == 2
     assert found.top(3)["mean"].is_monotonic_decreasing and "<table" in found._repr_html_()

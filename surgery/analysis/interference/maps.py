@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from surgery.addresses import main_address
 from surgery.analysis.interference.files import read_about, read_tensors, write_tensors
 from surgery.analysis.interference.gradients import Gradients
 from surgery.analysis.interference.intervals import two_way_bootstrap
@@ -47,14 +48,18 @@ class Interference:
         """(hypothesis,) float64: over all pairs of samples."""
         return self.rows.mean(1)
 
-    def map(self, address: str, block: str, head: int) -> Tensor:
-        """(sample of A, sample of B) of one head's block. Raises SpecError without maps, or for what there is not."""
+    def map(self, layer: str | int, block: str, head: int) -> Tensor:
+        """(sample of A, sample of B) of one head's block. layer: an address, or a number as elsewhere.
+
+        Raises SpecError without maps, or for what there is not.
+        """
         if self.maps is None:
             raise SpecError(describe("map", "means alone", "maps over pairs", "Pass keep_maps=True to heatmap."))
-        return self.maps[self._number(address, block, head)]
+        return self.maps[self._number(layer, block, head)]
 
-    def sample_pair(self, i: int, j: int, address: str, head: int) -> dict[str, float]:
-        """By block, the number of one pair of samples at a head (of K and V mostly a kv head)."""
+    def sample_pair(self, i: int, j: int, layer: str | int, head: int) -> dict[str, float]:
+        """By block, the number of one pair of samples at a head (of K and V mostly a kv head). layer: as of `map`."""
+        address = self._address(layer)
         blocks = [block for place, block, number in self.hypotheses if place == address and number == head]
         if not blocks:
             self._number(address, "Q", head)
@@ -137,12 +142,16 @@ class Interference:
         hypotheses = [(address, block, head) for address, block, head in known["hypotheses"]]
         return cls(known["about"], hypotheses, tensors["rows"], tensors["columns"], tensors.get("maps"))
 
-    def _number(self, address: str, block: str, head: int) -> int:
-        if (address, block, head) not in self._numbers:
-            found = f"{address} {block} head {head}"
+    def _address(self, layer: str | int) -> str:
+        return main_address(layer, (address for address, _, _ in self.hypotheses)) if isinstance(layer, int) else layer
+
+    def _number(self, layer: str | int, block: str, head: int) -> int:
+        hypothesis = (self._address(layer), block, head)
+        if hypothesis not in self._numbers:
             expected = f"one of {len(self.hypotheses)}, such as {' '.join(map(str, self.hypotheses[0]))}"
+            found = f"{hypothesis[0]} {block} head {head}"
             raise SpecError(describe("interference", found, expected, "See .to_frame()."))
-        return self._numbers[address, block, head]
+        return self._numbers[hypothesis]
 
     def __str__(self) -> str:
         about = self.about
