@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 # Files from the ground up: each imports only files above it. A new file goes where it belongs, with everything it needs above.
 ORDER = [
-    "surgery.errors", "surgery.vocabulary", "surgery.sites", "surgery.family", "surgery.configs", "surgery.noise", "surgery.fields",
-    "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.schema", "surgery.blocks", "surgery.where",
+    "surgery.errors", "surgery.vocabulary", "surgery.sites", "surgery.family", "surgery.configs", "surgery.noise",
+    "surgery.fields", "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.schema",
+    "surgery.blocks", "surgery.where",
     "surgery.templates", "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut
     "surgery.labels", "surgery.layout", "surgery.source", "surgery.steps", "surgery.witness", "surgery.arguments",
@@ -43,7 +44,8 @@ ORDER = [
     "surgery.plots.interference", "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",    # pictures
     "surgery.analysis.tables", "surgery.analysis.batches", "surgery.analysis.journal",
     "surgery.analysis.targets", "surgery.analysis.metrics",
-    "surgery.analysis.kept", "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.ends", "surgery.analysis.replay",
+    "surgery.analysis.kept", "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.ends",
+    "surgery.analysis.replay",
     "surgery.analysis.narrow", "surgery.analysis.sweep",
     "surgery.analysis.ablation", "surgery.analysis.objective",
     "surgery.analysis.baselines", "surgery.analysis.attribution", "surgery.analysis.atpstar",
