@@ -22,7 +22,8 @@ from torch import Tensor
 from benchmarks import arguments, memory, models, planted, results
 from benchmarks.results import Row, row
 from benchmarks.timing import pairs, take_turns
-from surgery.analysis.interference.gradients import Gradients, collect
+from surgery.analysis.interference.collecting import collect
+from surgery.analysis.interference.gradients import Gradients
 from surgery.analysis.interference.maps import heatmap
 from surgery.analysis.interference.statistics import Scores, permutation_test
 

@@ -137,7 +137,7 @@ def test_peak_of_a_known_computation() -> None:
         del first
         torch.exp(second)
 
-    assert memory._peak_cpu(forward) == pytest.approx(2 * 4_000_000, rel=0.01)
+    assert memory.peak_cpu(forward) == pytest.approx(2 * 4_000_000, rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")

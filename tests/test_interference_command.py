@@ -16,7 +16,7 @@ from test_finding_commands import data, is_picture
 from worded import write_task, write_worded
 
 from surgery import SurgeryError
-from surgery.analysis.interference.gradients import collect
+from surgery.analysis.interference.collecting import collect
 from surgery.analysis.interference.maps import heatmap
 from surgery.commands.lines import batches_of, read_lines
 from surgery.demo import load_model
@@ -73,7 +73,7 @@ def test_two_tasks_that_share_a_circuit(folder: Path, tmp_path: Path, monkeypatc
     # again: nothing is collected that was kept, and the numbers are the same
     (tmp_path / "gradients" / "B" / "00001.safetensors").unlink()
     read: list[int] = []
-    import surgery.analysis.interference.gradients as gradients
+    import surgery.analysis.interference.collecting as gradients
 
     once = gradients._collected
     monkeypatch.setattr(gradients, "_collected", lambda *given, **options: read.append(1) or once(*given, **options))

@@ -14,7 +14,7 @@ from test_pictures import bar, cells, is_labelled, names, panels, problems, sayi
 
 import surgery.analysis.interference.tested as table
 from surgery import SpecError
-from surgery.analysis.interference.gradients import collect
+from surgery.analysis.interference.collecting import collect
 from surgery.analysis.interference.maps import Interference, heatmap
 from surgery.analysis.interference.scores import sample_scores
 from surgery.analysis.interference.statistics import sign_flip_test, two_way_bootstrap

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-import surgery.analysis.interference.gradients as gradients
+import surgery.analysis.interference.collecting as collecting
 from benchmarks import planted
 from benchmarks.planted import Planter, Sizes
 from surgery.analysis.interference import Gradients, heatmap, overlap_test, permutation_test
@@ -72,7 +72,7 @@ def test_a_larger_loss_is_no_finding() -> None:
 
 def test_heads_at_plain_row_offsets_are_found_out(planter: Planter, monkeypatch: pytest.MonkeyPatch) -> None:
     """This family keeps [q k v] of a head together. As if it were all of Q, all of K, all of V: the wrong heads are found."""
-    derived = gradients.blocks_of
+    derived = collecting.blocks_of
 
     def at_offsets(attentions: Sequence[Any]) -> Any:
         blocks, missing = derived(attentions)
@@ -87,7 +87,7 @@ def test_heads_at_plain_row_offsets_are_found_out(planter: Planter, monkeypatch:
     for attention in planter.attentions:
         channels = attention.projections["q"].channels
         assert not torch.equal(channels, torch.arange(channels.numel()).view_as(channels)), "a family that interleaves"
-    monkeypatch.setattr(gradients, "blocks_of", at_offsets)
+    monkeypatch.setattr(collecting, "blocks_of", at_offsets)
     with pytest.raises(AssertionError, match="power"):
         shared_heads_are_found(planter)
     study = planted.overlap(planter)

@@ -69,10 +69,18 @@ def blocks_of(attentions: Sequence[Attention]) -> tuple[list[Block], list[str]]:
 
 @dataclass(eq=False)
 class _Call:
-    """What a module read in one call, in the graph, and the zeros that were added to what it gave."""
+    """What a module read in one call, in the graph, and the zeros that were added to what it gave.
+
+    version: of what it read, for a change in place, which no backward would notice of a frozen weight.
+    """
 
     read: Tensor
     nudge: Tensor
+    version: int
+
+
+Calls = dict[str, list[_Call]]
+"""By key of a block, the calls of its projection."""
 
 
 def factors(
@@ -83,13 +91,15 @@ def factors(
     *,
     biases: bool = False,
     query_heads: bool = False,
+    checks: bool = True,
 ) -> tuple[dict[str, Any], Tensor]:
     """By key of a block (wide (sample, position, d), narrow (sample, position, head · channel)), and the losses (sample,).
 
     losses: runs one forward of `rows` samples, each computed by itself, and gives each one's loss. biases: a bias is the
     weight of an input that is 1. query_heads: also by `split_key`, for blocks that groups of query heads read, the part of
-    narrow that came through each of these, (sample, position, query head · channel). Raises SurgeryError for a projection
-    that does not map (…, d_in) to (…, d_out), or that the forward does not call.
+    narrow that came through each of these, (sample, position, query head · channel). checks: that samples, and with
+    query_heads groups of heads, are by themselves, by a backward each. Raises SurgeryError where they are not, and for a
+    projection that does not map (…, d_in) to (…, d_out), or that the forward does not call.
     """
     modules = {block.projection.path: model.get_submodule(block.projection.path) for block in blocks}
     by_module: dict[int, list[_Call]] = {id(module): [] for module in modules.values()}
@@ -99,54 +109,73 @@ def factors(
         output = forward(*args, **kwargs)
         read = args[0] if args else next(iter(kwargs.values()))
         nudge = torch.zeros_like(output, requires_grad=True)
-        by_module[id(module)].append(_Call(read, nudge))
+        by_module[id(module)].append(_Call(read, nudge, read._version))
         return output + nudge
 
+    joined = _Joined(rows)
     with torch.enable_grad():
         with around(list({id(module): module for module in modules.values()}.values()), record):
             found = losses()
-        if silent := [path for path, module in modules.items() if not by_module[id(module)]]:
-            do = "Leave their layers out by layers=, or pass inputs that reach them."
-            raise SurgeryError(describe("collect", f"no call of {', '.join(silent)}", "a forward that runs every block", do))
-        sought = [call.nudge for some in by_module.values() for call in some]
-        if query_heads:
-            sought += [call.read for block in blocks if block.name == "O" for call in calls[block.key]]
-        behind = _gradients(found.sum(), sought, keep=query_heads)
-        split = _through_query_heads(blocks, calls, behind) if query_heads else {}
+        _require_calls(modules, by_module)
+        nudges = [call.nudge for some in by_module.values() for call in some]
+        reads = [call.read for block in blocks if block.name == "O" for call in calls[block.key]] if query_heads else []
+        if checks and rows > 1 and bool(found.isfinite().all()):
+            _require_apart(_gradients(found[0], nudges, keep=True), blocks, calls, rows)
+        behind = _gradients(found.sum(), [*nudges, *reads], keep=query_heads)
+        split = _through_query_heads(blocks, calls, behind, joined, checks) if query_heads else {}
     parts: dict[str, Any] = {}
-    shared: dict[Any, Tensor] = {}
     for block in blocks:
         some = calls[block.key]
-        read = _joined([call.read.detach() for call in some], block, rows, shared)
+        read = joined([call.read.detach() for call in some], block.projection)
         if biases and block.name != "O" and getattr(modules[block.projection.path], "bias", None) is not None:
-            read = _with_ones(read, shared)
-        given = _joined([behind[call.nudge] for call in some], block, rows, shared)
+            read = joined.with_ones(read)
+        given = joined([behind[call.nudge] for call in some], block.projection)
         wide, narrow = (given, read) if block.name == "O" else (read, given)
-        channels = block.projection.channels.to(narrow.device)
-        parts[block.key] = wide, narrow[..., channels.flatten()]
-        if block.split_key in split:
-            members = [_joined(of_calls, block, rows, shared)[..., channels] for of_calls in split[block.split_key]]
-            parts[block.split_key] = wide, torch.stack(members, 3).flatten(2)  # heads, then members of their groups
+        parts[block.key] = wide, narrow[..., block.projection.channels.to(narrow.device).flatten()]
+        if block.key in split:
+            parts[block.split_key] = wide, split[block.key]
     return parts, found.detach()
 
 
-def _gradients(
-    output: Tensor, inputs: list[Tensor], along: Tensor | None = None, *, keep: bool = False
-) -> dict[Tensor, Tensor]:
+def _require_calls(modules: dict[str, nn.Module], calls: dict[int, list[_Call]]) -> None:
+    if silent := [path for path, module in modules.items() if not calls[id(module)]]:
+        do = "Leave their layers out by layers=, or pass inputs that reach them."
+        raise SurgeryError(describe("collect", f"no call of {', '.join(silent)}", "a forward that runs every block", do))
+    changed = [path for path, m in modules.items() if any(c.read._version != c.version for c in calls[id(m)])]
+    if changed:
+        found = f"a change in place of what {', '.join(changed)} has read"
+        raise SurgeryError(describe("collect", found, "inputs that stay as they were", "Leave these layers out by layers=."))
+
+
+def _gradients(output: Tensor, inputs: list[Tensor], along: Tensor | None = None, *, keep: bool) -> dict[Tensor, Tensor]:
     """By input, its gradient; zeros where it has no part in the output."""
-    found = torch.autograd.grad(output, inputs, along, retain_graph=keep, allow_unused=True)
-    return {i: torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)}
+    sought = [tensor for tensor in inputs if tensor.requires_grad] if output.requires_grad else []
+    given = torch.autograd.grad(output, sought, along, retain_graph=keep, allow_unused=True) if sought else ()
+    found = {i: g for i, g in zip(sought, given, strict=True) if g is not None}
+    return {i: torch.zeros_like(i) if i not in found else found[i] for i in inputs}
+
+
+def _require_apart(first: dict[Tensor, Tensor], blocks: Sequence[Block], calls: Calls, rows: int) -> None:
+    """Raises SurgeryError where the first sample's loss has a gradient at others: models that mix or pack samples."""
+    for block in blocks:
+        for call in calls[block.key]:
+            if bool(_by_sample(first[call.nudge], block.projection, rows)[1:].any()):
+                path = block.projection.path
+                found = f"a gradient of the first sample's loss at others' places in {path!r}"
+                expected, do = "samples that are computed each by itself", "Pass one sample at a time, or leave its layer out."
+                raise SurgeryError(describe("collect", found, expected, do))
 
 
 def _through_query_heads(
-    blocks: Sequence[Block], calls: dict[str, list[_Call]], behind: dict[Tensor, Tensor]
-) -> dict[str, list[list[Tensor]]]:
-    """By split_key, member of the groups and call: the gradient of what k or v gives that came through these query heads.
+    blocks: Sequence[Block], calls: Calls, behind: dict[Tensor, Tensor], joined: _Joined, checks: bool
+) -> dict[str, Tensor]:
+    """By key (sample, position, query head · channel): the gradient at k or v that came through each query head.
 
-    Members go together: the gradient of z is kept for one query head of every group, and taken back through the attention.
+    Members of groups go together: the gradient of z is kept for one query head of every group, and taken back through the
+    attention. Checked by one group alone, whose gradient must lie in its own kv head.
     """
     writing = {block.address: block for block in blocks if block.name == "O"}
-    found: dict[str, list[list[Tensor]]] = {}
+    found: dict[str, Tensor] = {}
     for block in blocks:
         if block.group == 1:
             continue
@@ -154,14 +183,22 @@ def _through_query_heads(
         if len(calls[out.key]) != len(calls[block.key]):
             what = f"{len(calls[block.key])} calls of {block.projection.path}, {len(calls[out.key])} of {out.projection.path}"
             raise SurgeryError(describe("collect", what, "as many, to tell query heads apart", "Leave out query_heads=True."))
-        members = [out.projection.channels[member :: block.group].flatten() for member in range(block.group)]
-        found[block.split_key] = [
-            [
-                _gradients(to.read, [at.nudge], _only(behind[to.read], channels), keep=True)[at.nudge]
+        heads, channels = out.projection.channels, block.projection.channels
+
+        def at(chosen: Tensor, block: Block = block, out: Block = out) -> Tensor:
+            """(sample, position, kv head, channel): through these channels of z."""
+            back = [
+                _gradients(to.read, [at.nudge], _only(behind[to.read], chosen), keep=True)[at.nudge]
                 for to, at in zip(calls[out.key], calls[block.key], strict=True)
             ]
-            for channels in members
-        ]
+            given = joined(back, block.projection)
+            return given[..., block.projection.channels.to(given.device)]
+
+        if checks and len(channels) > 1 and bool(at(heads[: block.group].flatten())[:, :, 1:].any()):
+            what = f"what comes through the first group's query heads at other heads of {block.projection.path!r}, too"
+            expected = "query heads that read one kv head each"
+            raise SurgeryError(describe("collect", what, expected, "Leave out query_heads=True: heads are normed together."))
+        found[block.key] = torch.stack([at(heads[g :: block.group].flatten()) for g in range(block.group)], 3).flatten(2)
     return found
 
 
@@ -171,29 +208,37 @@ def _only(gradient: Tensor, channels: Tensor) -> Tensor:
     return torch.zeros_like(gradient).index_copy(-1, channels, gradient[..., channels])
 
 
-def _with_ones(read: Tensor, shared: dict[Any, Tensor]) -> Tensor:
-    """(sample, position, d + 1): the input of a bias beside those of the weight."""
-    if id(read) not in shared:
-        shared[id(read)] = torch.cat([read, read.new_ones(*read.shape[:-1], 1)], -1)
-    return shared[id(read)]
-
-
-def _joined(tensors: list[Tensor], block: Block, rows: int, shared: dict[Any, Tensor]) -> Tensor:
-    """(sample, position, d): of all calls one after another, for a weight's gradient is the sum of its calls'.
+class _Joined:
+    """(sample, position, d) of all calls of a module one after another, for a weight's gradient is the sum of its calls'.
 
     The same tensors give the same one again: q, k and v mostly read one.
     """
-    key = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
-    if key not in shared:
-        shared[key] = torch.cat([_by_sample(tensor, block.projection, rows) for tensor in tensors], 1)
-    return shared[key]
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._found: dict[tuple[Any, ...], Tensor] = {}
+        self._of: list[Tensor] = []
+
+    def __call__(self, tensors: list[Tensor], projection: Projection) -> Tensor:
+        key = (projection.batch_axes, *((t.data_ptr(), t.shape, t.stride()) for t in tensors))
+        if key not in self._found:
+            self._of += tensors  # kept: another tensor may come to lie where one is gone
+            self._found[key] = torch.cat([_by_sample(tensor, projection, self.rows) for tensor in tensors], 1)
+        return self._found[key]
+
+    def with_ones(self, read: Tensor) -> Tensor:
+        """(sample, position, d + 1): the input of a bias beside those of the weight."""
+        key = ("ones", id(read))
+        if key not in self._found:
+            self._found[key] = torch.cat([read, read.new_ones(*read.shape[:-1], 1)], -1)
+        return self._found[key]
 
 
 def _by_sample(tensor: Tensor, projection: Projection, rows: int) -> Tensor:
     if not projection.batch_axes and tensor.dim() == 3:  # (position, batch, d)
         tensor = tensor.transpose(0, 1)
-    if tensor.numel() == 0 or tensor.numel() // tensor.shape[-1] % rows:
-        found, expected = f"{projection.path} reads or gives {tuple(tensor.shape)}", f"(…, d) with positions of {rows} samples"
+    if tensor.numel() == 0 or tensor.shape[0] % rows:
+        found, expected = f"{projection.path} reads or gives {tuple(tensor.shape)}", f"(batch, …, d) of {rows} samples"
         raise SurgeryError(describe("collect", found, expected, "Pass one sample at a time, or leave its layer out."))
     return tensor.reshape(rows, -1, tensor.shape[-1])
 
@@ -207,5 +252,8 @@ def weight_gradient(factor: tuple[Tensor, Tensor], block: Block, head: int) -> T
 
 def squared_norms(factor: tuple[Tensor, Tensor]) -> Tensor:
     """(sample,) float64: the squared norm of a block's whole gradient, which is not formed: Σ_tt' (a_t·a_t') (δ_t·δ_t')."""
-    wide, narrow = (part.double() for part in factor)
-    return ((wide @ wide.mT) * (narrow @ narrow.mT)).sum((1, 2)).clamp(min=0)
+    found = []
+    for wide, narrow in zip(*factor, strict=True):  # one at a time: products of all positions with all
+        a, d = wide.double(), narrow.double()
+        found.append(((a @ a.mT) * (d @ d.mT)).sum().clamp(min=0))
+    return torch.stack(found)

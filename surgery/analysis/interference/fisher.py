@@ -22,39 +22,49 @@ class Fisher:
 
     beta: None for the plain mean of all samples; else in (0, 1): a moving average, corrected for its beginning, in which the
       k-th of n samples has the weight (1 − β) β^(n−1−k) / (1 − βⁿ): it depends on their order, not on how they are batched.
+    is_unit: of gradients of length one over all blocks, as tests and heatmap(is_unit=True) take them.
     Empirical Fisher: squares of the gradients of the true targets' loss (Kunstner et al. 2019 say what that is not).
     """
 
-    def __init__(self, beta: float | None = None) -> None:
+    def __init__(self, beta: float | None = None, *, is_unit: bool = False) -> None:
         if beta is not None and not 0 < beta < 1:
             raise SpecError(describe("Fisher", f"beta={beta}", "a number between 0 and 1, or None", "For example 0.99."))
-        self.beta, self.count = beta, 0
+        self.beta, self.is_unit, self.count = beta, is_unit, 0
         self.about: dict[str, Any] | None = None
         self._sums: dict[str, Tensor] = {}
 
     def update(self, gradients: Gradients) -> Fisher:
-        """Takes in samples, in their order. Raises SpecError for those of another model or loss."""
+        """Takes in samples, in their order. Raises SpecError for those of another model, loss or other layers."""
+        if not isinstance(gradients, Gradients):
+            raise SpecError(describe("Fisher", f"a {type(gradients).__name__}", "gradients", "Pass what collect returns."))
         if self.about is None:
             self.about = dict(gradients.about)
         require_same("Fisher", self.about, gradients.about)
-        count = len(gradients)
+        if self._sums and list(self._sums) != list(gradients.blocks):
+            given = f"gradients of {', '.join(list(gradients.blocks)[:4])}, ..."
+            do = "Collect the same layers, or make a reference for each."
+            raise SpecError(describe("Fisher", given, f"those of {', '.join(list(self._sums)[:4])}, ...", do))
+        scales = gradients.norms().square().reciprocal() if self.is_unit else torch.ones(len(gradients), dtype=torch.float64)
+        if self.beta is not None:
+            scales = scales * (1 - self.beta) * self.beta ** torch.arange(len(gradients) - 1, -1, -1, dtype=torch.float64)
         for key, block in gradients.blocks.items():
             for head in range(block.heads):
                 done = 0
                 for factor in gradients.factors(key):
                     squares = weight_gradient(factor, block, head).square_()
-                    rows = len(squares)
-                    after = torch.arange(count - done - 1, count - done - rows - 1, -1, dtype=torch.float64)
-                    weights = torch.ones(rows) if self.beta is None else ((1 - self.beta) * self.beta**after).float()
-                    found = torch.einsum("n,npc->pc", weights, squares)
+                    found = torch.einsum("n,npc->pc", scales[done : done + len(squares)].float(), squares)
                     if key not in self._sums:
                         self._sums[key] = found.new_zeros(block.heads, *found.shape)
                     if done == 0 and self.beta is not None:
-                        self._sums[key][head] *= self.beta**count
+                        self._sums[key][head] *= self.beta ** len(gradients)
                     self._sums[key][head] += found
-                    done += rows
-        self.count += count
+                    done += len(squares)
+        self.count += len(gradients)
         return self
+
+    def __contains__(self, key: object) -> bool:
+        """Whether it has a block."""
+        return key in self._sums
 
     def part(self, key: str, head: int, start: int, stop: int) -> Tensor:
         """(wide, channel) of a head, a stretch of its wide side. Raises SpecError for what no sample had."""
@@ -66,13 +76,15 @@ class Fisher:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
-        write_tensors(path, KIND, {"beta": self.beta, "count": self.count, "about": self.about}, self._sums)
+        write_tensors(
+            path, KIND, {"beta": self.beta, "is_unit": self.is_unit, "count": self.count, "about": self.about}, self._sums
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Fisher:
         """What `save` wrote. Raises SpecError for another file."""
         known = read_about(path, KIND)
-        found = cls(known["beta"])
+        found = cls(known["beta"], is_unit=known["is_unit"])
         found.count, found.about, found._sums = known["count"], known["about"], read_tensors(path)
         return found
 

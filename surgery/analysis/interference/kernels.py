@@ -28,12 +28,13 @@ from surgery.errors import SpecError, closest, describe
 class Kernel:
     """left(g_i, I + r), right(g_j, a part of g_j or all of it, I + r): whose products are summed. is_unit: of length one.
 
-    needs_fisher: whether it looks at I at all.
+    needs_fisher: whether it looks at I at all. degree: gradients and √I times c give c^degree times its numbers.
     """
 
     name: str
     left: Callable[[Tensor, Tensor], Tensor]
     right: Callable[[Tensor, Tensor, Tensor], Tensor]
+    degree: int
     is_unit: bool = False
     needs_fisher: bool = True
 
@@ -41,10 +42,10 @@ class Kernel:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("qkov", lambda g, f: g.square().div_(f), lambda g, part, f: g.sign().mul_(part)),
-        Kernel("whitened", lambda g, f: g.square().div_(f), lambda g, part, f: g.sign().mul_(part).div_(f.sqrt())),
-        Kernel("signed", lambda g, f: -g, lambda g, part, f: part, is_unit=True, needs_fisher=False),
-        Kernel("ewc", lambda g, f: g.square(), lambda g, part, f: g * part, needs_fisher=False),
+        Kernel("qkov", lambda g, f: g.square().div_(f), lambda g, part, f: g.sign().mul_(part), 1),
+        Kernel("whitened", lambda g, f: g.square().div_(f), lambda g, part, f: g.sign().mul_(part).div_(f.sqrt()), 0),
+        Kernel("signed", lambda g, f: -g, lambda g, part, f: part, 2, is_unit=True, needs_fisher=False),
+        Kernel("ewc", lambda g, f: g.square(), lambda g, part, f: g * part, 4, needs_fisher=False),
     )
 }
 

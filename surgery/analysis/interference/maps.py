@@ -60,6 +60,9 @@ class Interference:
     def sample_pair(self, i: int, j: int, layer: str | int, head: int) -> dict[str, float]:
         """By block, the number of one pair of samples at a head (of K and V mostly a kv head). layer: as of `map`."""
         address = self._address(layer)
+        for what, number, count in (("i", i, self.rows.shape[1]), ("j", j, self.columns.shape[1])):
+            if not 0 <= number < count:
+                raise SpecError(describe("sample_pair", f"{what}={number}", f"0 to {count - 1}", "Samples count from 0."))
         blocks = [block for place, block, number in self.hypotheses if place == address and number == head]
         if not blocks:
             self._number(address, "Q", head)
@@ -108,6 +111,10 @@ class Interference:
         if self.about["kernel"] == other.about["kernel"]:
             twice = f"{self.about['kernel']!r} twice"
             raise SpecError(describe("beside", twice, "maps of two kernels", 'Pass heatmap(a, b, kernel="signed").'))
+        if self.hypotheses != other.hypotheses:
+            found = f"maps of {len(self.hypotheses)} and {len(other.hypotheses)} heads and blocks, which are not the same"
+            do = "Pass maps of the same layers, both by query head or neither."
+            raise SpecError(describe("beside", found, "maps of the same heads", do))
         pairs = ((self, tested), (other, other_tested))
         frames = {MEASURED[one.about["kernel"]]: one._marked(found) for one, found in pairs}
         return block_maps(frames, title=title, subtitle=_legend(tested, other_tested))
@@ -189,7 +196,9 @@ def heatmap(
     """M_ij for every pair of samples, head and block; see `surgery.analysis.interference.kernels`.
 
     fisher: a Fisher, Gradients whose samples are pooled, or None: those of a and b. rho: r over the mean of I in a block.
-    is_unit: samples of length one over all blocks ("signed" always). keep_maps=False keeps means over either task alone.
+      "signed" and "ewc" look at neither.
+    is_unit: samples of length one over all blocks ("signed" always), those of the reference, too. keep_maps=False keeps means
+      over either task alone.
     query_heads: K and V by query head: the part of g_j that came through each (b collected with query_heads=True), such as
       ⟨g_i² / (I + r), sign(g_j) ⊙ g_j^(h)⟩ of "qkov"; those of a kv head's query heads add up to its number, and may be
       negative. "ewc" and the others likewise.
@@ -216,14 +225,15 @@ def heatmap(
         number = numbers[stretch.block.address, stretch.block.name, stretch.head]
         left = chosen.left(stretch.gradients[0], stretch.fisher)
         right = chosen.right(stretch.gradients[1], stretch.part, stretch.fisher)
+        unit = stretch.unit**chosen.degree
         if maps is not None:
-            maps[number] += (left @ right.mT).cpu()
+            maps[number] += (left @ right.mT).cpu() * unit
         else:
-            rows[number] += (left @ right.mean(0)).cpu()
-            columns[number] += (right @ left.mean(0)).cpu()
+            rows[number] += (left @ right.mean(0)).cpu().double() * unit
+            columns[number] += (right @ left.mean(0)).cpu().double() * unit
     if maps is not None:
         for number, table in enumerate(maps.unbind()):  # one at a time: all of them in float64 take twice their memory
             rows[number], columns[number] = table.double().mean(1), table.double().mean(0)
-    about = {"kernel": kernel, "a": a.task, "b": b.task, "rho": rho, "is_unit": is_unit or chosen.is_unit, **a.about}
+    about = {"kernel": kernel, "a": a.task, "b": b.task, "rho": float(rho), "is_unit": is_unit or chosen.is_unit, **a.about}
     about["query_heads"] = query_heads
     return Interference(about, hypotheses, rows, columns, maps)

@@ -1,8 +1,8 @@
 """The public names of `surgery.analysis.interference`, all of them and nothing else."""
 
+from surgery.analysis.interference.collecting import collect as collect
 from surgery.analysis.interference.fisher import Fisher as Fisher
 from surgery.analysis.interference.gradients import Gradients as Gradients
-from surgery.analysis.interference.gradients import collect as collect
 from surgery.analysis.interference.intervals import Intervals as Intervals
 from surgery.analysis.interference.intervals import two_way_bootstrap as two_way_bootstrap
 from surgery.analysis.interference.kernels import KERNELS as KERNELS

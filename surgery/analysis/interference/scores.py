@@ -56,5 +56,5 @@ def sample_scores(
         of_a, of_b = rows["rows_a"].mean(0), columns["columns_b"].mean(0)
         parts = {name: left @ of_b for name, left in rows.items()} | {name: right @ of_a for name, right in columns.items()}
         for name, part in parts.items():
-            found[name][:, number] += part.cpu()
+            found[name][:, number] += part.cpu().double() * stretch.unit**chosen.degree
     return walk.hypotheses, {name: scores.numpy() for name, scores in found.items()}

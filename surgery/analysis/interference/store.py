@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from surgery.analysis.interference.files import read_about, read_tensors, write_tensors
@@ -39,16 +38,16 @@ class Part:
             names[key] = (numbers[id(pair[0])], numbers[id(pair[1])])
         return cls(tensors, names, about)
 
-    def factor(self, key: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def factor(self, key: str) -> tuple[Tensor, Tensor]:
         """(wide, narrow) of a block."""
         kept = self.tensors if self.path is None else read_tensors(self.path, *self.names[key])
-        wide, narrow = (kept[name] for name in self.names[key])
-        return wide.to(device), narrow.to(device)
+        wide, narrow = self.names[key]
+        return kept[wide], kept[narrow]
 
     def write(self, path: Path) -> None:
-        """Writes the file, whole or not at all, and forgets the tensors."""
-        write_tensors(path, KIND, {"about": self.about, "names": self.names}, self.tensors)
-        self.path, self.tensors = path, {}
+        """Writes the file, whole or not at all."""
+        tensors = self.tensors if self.path is None else read_tensors(self.path)
+        write_tensors(path, KIND, {"about": self.about, "names": self.names}, tensors)
 
     @classmethod
     def read(cls, path: Path) -> Part:
@@ -57,7 +56,3 @@ class Part:
         found = cls({}, {key: (wide, narrow) for key, (wide, narrow) in known["names"].items()}, known["about"])
         found.path = path
         return found
-
-    def whole(self) -> Part:
-        """The same in memory."""
-        return self if self.path is None else Part(read_tensors(self.path), self.names, self.about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Stretch:
     """A part of one head's parameters. gradients: of each task, (sample, parameter) float32; fisher: (parameter,) I + r.
 
     part: of the last task's gradients, what came through the query head whose number head then is; else these as they are.
+    unit: a power of two by which gradients were divided, and √(I + r) too, so that squares of small ones are not lost.
     """
 
     block: Block
@@ -36,6 +38,7 @@ class Stretch:
     gradients: list[Tensor]
     fisher: Tensor
     part: Tensor
+    unit: float
 
 
 class Walk:
@@ -61,19 +64,25 @@ class Walk:
         progress: bool = False,
     ) -> None:
         self.tasks, self.rho, self.memory_mib, self.progress = list(tasks), rho, memory_mib, progress
-        self.device = torch.device(device)
-        if not rho > 0 or not memory_mib > 0:
-            found = f"rho={rho}, memory_mib={memory_mib}"
-            raise SpecError(describe("interference", found, "positive numbers", "rho keeps small I from deciding all."))
-        self.fisher = fisher if isinstance(fisher, Fisher) else None
-        self.pool = list(tasks) if fisher is None else [] if self.fisher else gradients_in(fisher)
+        self.device = _device(device)
+        for what, number, why in (
+            ("rho", rho, "It keeps small I from deciding all: 1e-3 is usual."),
+            ("memory_mib", memory_mib, "It bounds what is formed at a time: 64 is usual."),
+        ):
+            if not (isinstance(number, int | float) and math.isfinite(number) and number > 0):
+                raise SpecError(describe("interference", f"{what}={number!r}", "a finite number above 0", why))
+        for name, task in zip("ab", self.tasks, strict=False):
+            if not isinstance(task, Gradients):
+                raise SpecError(describe(name, f"a {type(task).__name__}", "gradients", "Pass what collect returns."))
+        self.fisher = fisher if isinstance(fisher, Fisher) and needs_fisher else None
+        self.pool = list(tasks) if fisher is None or not needs_fisher else [] if self.fisher else gradients_in(fisher)
         self.needs_fisher = needs_fisher
-        if not needs_fisher:
-            self.pool, self.fisher = [], None
         self.every = list({id(task): task for task in (*self.tasks, *self.pool)}.values())
         kept = [self.fisher.about] if self.fisher is not None and self.fisher.about else []
         require_same("interference", *[task.about for task in self.every], *kept)
         self.blocks = _common(self.every)
+        if self.fisher is not None:
+            _require_fit(self.fisher, self.blocks, is_unit)
         self.scales = {
             id(task): task.norms().reciprocal() if is_unit else torch.ones(len(task), dtype=torch.float64)
             for task in self.every
@@ -94,10 +103,11 @@ class Walk:
     def __iter__(self) -> Iterator[Stretch]:
         with tqdm(total=len(self.hypotheses), desc="interference", unit="head", disable=not self.progress) as bar:
             for block in self.blocks:
-                factors = {id(task): self._factors(task, block.key) for task in self.every}
-                through = self._factors(self.split, block.split_key) if self.split and block.group > 1 else []
+                unit = self._unit(block)
+                factors = {id(task): self._factors(task, block.key, unit) for task in self.every}
+                through = self._factors(self.split, block.split_key, unit) if self.split and block.group > 1 else []
                 wide = next(iter(factors.values()))[0][0].shape[-1]
-                more = self.rho * self._mean(block, wide)
+                more = self.rho * self._mean(block, wide) / unit**2
                 together, step = self._sizes(block, wide)
                 size = together * step * block.narrow
                 buffers = {id(task): torch.empty(len(task) * size, device=self.device) for task in self.every}
@@ -110,11 +120,11 @@ class Walk:
                         for head in heads:
                             of_head = {key: found[head - first] for key, found in formed.items()}
                             gradients = [of_head[id(task)] for task in self.tasks]
-                            fisher = self._reference(block, head, rows, of_head, more)
+                            fisher = self._reference(block, head, rows, of_head, more, unit)
                             for number in self._numbers(block, head):
                                 one = range(number, number + 1)
                                 part = _formed(through, one, rows, block, spare)[0] if through else gradients[-1]
-                                yield Stretch(block, number, gradients, fisher, part)
+                                yield Stretch(block, number, gradients, fisher, part, unit)
                     bar.update(len(heads) * len(self._numbers(block, 0)))
 
     def _heads(self, block: Block) -> int:
@@ -125,8 +135,14 @@ class Walk:
         group = 1 if self.split is None else block.group
         return range(head * group, (head + 1) * group)
 
-    def _factors(self, task: Gradients, key: str) -> list[Factor]:
-        scales = self.scales[id(task)].float()
+    def _unit(self, block: Block) -> float:
+        """A power of two near the size of what a channel of a block has as its gradient."""
+        squares = torch.cat([task.squared_norms(block.key) * self.scales[id(task)].square() for task in self.every])
+        mean = float(squares.mean()) / (block.heads * block.narrow)
+        return 2.0 ** max(-100, min(round(math.log2(mean) / 2), 100)) if mean > 0 else 1.0
+
+    def _factors(self, task: Gradients, key: str, unit: float) -> list[Factor]:
+        scales = (self.scales[id(task)] / unit).float()
         found = []
         for wide, narrow in task.factors(key):
             scale, scales = scales[: len(wide)], scales[len(wide) :]
@@ -139,11 +155,11 @@ class Walk:
         rows = max(1, int(self.memory_mib * 2**20 / (4 * COPIES * samples * block.narrow)))
         return max(1, min(block.heads, rows // wide)), min(wide, rows)
 
-    def _reference(self, block: Block, head: int, rows: slice, formed: dict[int, Tensor], more: float) -> Tensor:
+    def _reference(self, block: Block, head: int, rows: slice, formed: dict[int, Tensor], more: float, unit: float) -> Tensor:
         if not self.needs_fisher:
             return torch.ones((), device=self.device)
         if self.fisher is not None:
-            return self.fisher.part(block.key, head, rows.start, rows.stop).mT.flatten().to(self.device) + more
+            return (self.fisher.part(block.key, head, rows.start, rows.stop).mT.flatten().to(self.device) / unit) / unit + more
         squares = torch.stack([formed[id(task)].square().sum(0) for task in self.pool]).sum(0)
         return squares.div_(sum(len(task) for task in self.pool)).add_(more)
 
@@ -170,6 +186,25 @@ def _formed(factors: list[Factor], heads: range, rows: slice, block: Block, buff
         torch.bmm(part.mT, wide[..., rows], out=found[done : done + len(wide)])
         done += len(wide)
     return [found[:, k * block.narrow : (k + 1) * block.narrow].flatten(1) for k in range(len(heads))]
+
+
+def _device(name: Any) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        found = f"{name!r} ({str(error).splitlines()[0]})"
+        raise SpecError(describe("device", found, "a device that can be used", 'Leave it out, or pass "cuda".')) from None
+
+
+def _require_fit(fisher: Fisher, blocks: Sequence[Block], is_unit: bool) -> None:
+    """Raises SpecError for a reference without some of the blocks, and for one of gradients of another length."""
+    if missing := [block.key for block in blocks if block.key not in fisher]:
+        found = f"no samples of {', '.join(missing[:4])}" if fisher.count else "no samples yet"
+        raise SpecError(describe("Fisher", found, "a reference for every block", "Update it with gradients of these layers."))
+    if fisher.is_unit != is_unit:
+        kinds = {True: "gradients of length one", False: "gradients as they are"}
+        do = f"Make it with Fisher(is_unit={is_unit})."
+        raise SpecError(describe("Fisher", f"a reference of {kinds[fisher.is_unit]}", kinds[is_unit], do))
 
 
 def _common(tasks: Sequence[Gradients]) -> list[Block]:
