@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.ends import Head, pairs_of
-from surgery.analysis.journal import Journal, digest
+from surgery.analysis.journal import Journal, digest, weights_of
 from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
 from surgery.analysis.sweep import Checked, Sweep
@@ -374,7 +374,7 @@ def _about(model: Any, given: Sequence[Batch], reading: Reading, cuts: Sequence[
     base, _ = cuts_of(model)
     return {
         "model": anatomy_of(model).fingerprint,
-        "weights": digest([*model.named_parameters(), *model.named_buffers()]),
+        "weights": weights_of(model),
         "cuts of the model": base.fingerprint(),
         "data": digest((f"{n} {name}", batch[name]) for n, batch in enumerate(given) for name in sorted(batch)),
         "metrics": [[metric.name, metric.positions] for metric in reading.metrics],

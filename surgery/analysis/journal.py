@@ -15,6 +15,8 @@ from torch import Tensor
 
 from surgery.errors import SpecError, describe
 
+LENGTH = 16
+"""Digits of a hash that people read."""
 CLOSE = 1e-3
 """Largest difference of what is measured again, as a part of the largest of its numbers: other machines round otherwise."""
 
@@ -98,6 +100,18 @@ def digest(named: Iterable[tuple[str, Any]]) -> str:
             if not value.is_meta:
                 found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def weights_of(model: Any) -> str:
+    """A hash of all parameters and kept buffers, and of which adapters take part, by peft's attributes."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    adapters = [
+        (f"{path}.{name}", repr(getattr(module, name)))
+        for path, module in model.named_modules()
+        for name in names
+        if hasattr(module, "active_adapters") and hasattr(module, name) and not callable(getattr(module, name))
+    ]
+    return digest([*model.state_dict().items(), *adapters])[:LENGTH]
 
 
 def _few(numbers: np.ndarray) -> str:

@@ -14,8 +14,9 @@ from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.interference.factors import Block, blocks_of, factors, squared_norms
 from surgery.analysis.interference.folder import Folder
 from surgery.analysis.interference.gradients import Gradients
-from surgery.analysis.interference.identity import data_of, loss_of, samples_of, weights_of
+from surgery.analysis.interference.identity import data_of, loss_of, samples_of
 from surgery.analysis.interference.store import Part
+from surgery.analysis.journal import weights_of
 from surgery.analysis.kept import Kept
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.metrics import loss as next_token_loss

@@ -12,8 +12,8 @@ from torch import Tensor
 from surgery.addresses import main_address
 from surgery.analysis.interference.factors import Block, blocks_of, weight_gradient
 from surgery.analysis.interference.folder import Folder
-from surgery.analysis.interference.identity import weights_of
 from surgery.analysis.interference.store import Part
+from surgery.analysis.journal import weights_of
 from surgery.errors import SpecError, describe
 from surgery.patch import anatomy_of
 

@@ -1,4 +1,4 @@
-"""What tells gradients apart that look alike: the numbers of a model, what a loss computes, and the samples of a batch."""
+"""What tells gradients apart that look alike: what a loss computes, and the samples of a batch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from surgery.analysis.batches import Batch, rows_of
-from surgery.analysis.journal import digest
+from surgery.analysis.journal import LENGTH, digest
 from surgery.analysis.metrics import Metric
-
-LENGTH = 16
-"""Digits of a hash that people read."""
-
-
-def weights_of(model: Any) -> str:
-    """A hash of all parameters and kept buffers, and of which adapters take part, by peft's attributes."""
-    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    adapters = [
-        (f"{path}.{name}", repr(getattr(module, name)))
-        for path, module in model.named_modules()
-        for name in names
-        if hasattr(module, "active_adapters") and hasattr(module, name) and not callable(getattr(module, name))
-    ]
-    return digest([*model.state_dict().items(), *adapters])[:LENGTH]
 
 
 def loss_of(metric: Metric) -> str:
