@@ -191,7 +191,14 @@ def describe_cuts(surgery: Surgery) -> str:
             action = operation.edit.action
             name = action if isinstance(action, str) else getattr(action, "__name__", repr(action))
             count = surgery.kv_heads if site == "k" else surgery.heads
-            which = "all heads" if len(operation.heads) == count else f"heads {', '.join(map(str, operation.heads))}"
+            share = surgery.share
+            first, whole = (0, count) if share is None else (share.number * count, share.count * count)
+            numbers = ", ".join(str(first + head) for head in operation.heads)
+            which = "all heads" if len(operation.heads) == whole else f"heads {numbers}"
             parts.append(f"{site} {name} ({which})")
     parts += [f"capture {site}" for site in SITES if site in surgery.plan.probes]
-    return "; ".join(parts) or "none"
+    done = "; ".join(parts) or "none"
+    if surgery.share is None:
+        return done
+    own = surgery.share.of(surgery.heads * surgery.share.count)
+    return f"{done} (of heads {own.start} to {own.stop - 1} in this process)"

@@ -18,6 +18,7 @@ from surgery.plan import Plan, Probe, Session, model_call
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
 from surgery.samples import plain, sample_arguments
+from surgery.shares import Share
 from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
 from surgery.source import method_names
 from surgery.stubs import has_hooks
@@ -42,6 +43,7 @@ class Surgery:
             plain(attention.recording.core.get("kwargs", {})),
         )
         self.layer = attention.layer
+        self.share: Share | None = None
         self.query_axis = 0 if "q" in attention.projections and attention.projections["q"].batch_axes == 0 else 1
         self.family: Family = attention.family
         self.taps: dict[str, Any] = {}
@@ -82,7 +84,7 @@ class Surgery:
         self.awaited: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view")
+        names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view", "share")
         return {**self.__dict__, **dict.fromkeys(names), "where": Where(), "call": (None, None), "reached": set()}
 
     def attach(self, module: nn.Module, ungrouped: Any) -> None:

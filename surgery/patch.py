@@ -25,6 +25,7 @@ from surgery.errors import (
 from surgery.family import find_family
 from surgery.lower import lower, on_meta
 from surgery.plan import Plan, Probe, Session
+from surgery.shares import share_of, split_problems
 from surgery.spec import Freeze, Spec
 from surgery.swap import foreign_classes, obstacles, patched_modules, restore, restore_all, swap, sweep, tap_problems
 from surgery.taps import runs_on
@@ -171,7 +172,7 @@ def _probes(model: nn.Module) -> dict[str, Sequence[Probe]]:
     if session_of(model) is None:
         return {}
     surgeries = [m._surgery for m in model.modules() if isinstance(m, SurgicalAttention)]
-    return {s.address: [p for site in s.plan.probes.values() for p in site] for s in surgeries}
+    return {s.address: [p.of or p for site in s.plan.probes.values() for p in site] for s in surgeries}
 
 
 def _apply(
@@ -201,6 +202,10 @@ def _apply(
             plan.probes.setdefault(probe.site, []).append(probe)
     problems = foreign_classes(model) + [p for attention in anatomy for p in obstacles(attention.module, attention.path)]
     problems += [p for attention in anatomy for p in tap_problems(model, attention, plans[attention.address])]
+    shares = {attention.address: share_of(model, attention) for attention in anatomy}
+    for attention in anatomy:
+        if (share := shares[attention.address]) is not None:
+            problems += split_problems(attention, share, plans[attention.address])
     if problems:
         raise PatchError(listing("patch_model", problems))
     # Nothing below fails for a reason that lies in the input; an interrupt may still come.
@@ -214,7 +219,7 @@ def _apply(
             if isinstance(module, SurgicalOwner):
                 restore(module)
         for attention in anatomy:
-            swap(model, attention, plans[attention.address], session)
+            swap(model, attention, plans[attention.address], session, shares[attention.address])
     except BaseException:
         if before is None:
             restore_all(model)

@@ -23,11 +23,13 @@ class Probe:
 
     At k and v, None gives one row per kv head (after cuts at v, per query head, for they may differ then), a choice of heads
     what each of these query heads reads.
+    of: the request of the whole model's heads that this one serves, where processes hold a share each.
     """
 
     site: str
     heads: tuple[int, ...] | None
     take: Callable[[Tensor, Where], None]
+    of: Probe | None = None
 
 
 @dataclass

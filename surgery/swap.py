@@ -13,12 +13,18 @@ from surgery.classes import Owned, SurgicalAttention, SurgicalOwner, attach, att
 from surgery.core import Surgery
 from surgery.errors import PatchError, describe, listing
 from surgery.plan import Plan, Session
+from surgery.shares import Share
 from surgery.sites import PROJECTION_SITES, SITES
 from surgery.taps import Tap
 
 
-def swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) -> None:
-    """Gives an attention its patched class, if it has its own, and its plan; taps go to whoever calls the projections."""
+def swap(model: nn.Module, attention: Attention, plan: Plan, session: Session, share: Share | None = None) -> None:
+    """Gives an attention its patched class, if it has its own, and its plan; taps go to whoever calls the projections.
+
+    share: of the heads, where this process does not hold them all.
+    """
+    if share is not None:
+        plan, attention = share.plan(plan, attention), share.attention(attention)
     module: Any = attention.module
     if not isinstance(module, SurgicalAttention):
         module.__dict__["_surgery"] = Surgery(attention, session)
@@ -26,6 +32,7 @@ def swap(model: nn.Module, attention: Attention, plan: Plan, session: Session) -
         set_class(module, attention_class(own_class))
     surgery: Surgery = module._surgery
     surgery.session, surgery.address, surgery.path = session, attention.address, attention.path
+    surgery.share = share
     own: dict[str, Tap] = {}
     for site in (s for s in PROJECTION_SITES if s in plan.sites):
         place = attention.projections[PROJECTION_SITES[site]]

@@ -1,0 +1,167 @@
+"""What each of several processes finds of a model that it holds a share of: `torchrun ... tests/parallel_worker.py FOLDER`.
+
+FOLDER has checkpoints of tiny models, one for each family; each process writes its findings beside them, N.json: by family and
+case, the largest difference from the same model in one process, and the largest number there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import FAMILIES
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from surgery import (
+    Edit,
+    Freeze,
+    PatchError,
+    Spec,
+    capture,
+    collect_reference,
+    find_anatomy,
+    patch_model,
+    patched,
+    unpatch_model,
+)
+
+IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+SITES = ("q", "k", "rot_q", "rot_k", "v", "scores", "pattern", "z")
+
+
+def cuts(model: Any) -> dict[str, Any]:
+    """Of heads in either process, in both, and in one alone; by numbers, tensors, references and noise."""
+    values = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))[:, : find_anatomy(model)[0].d_head]
+    means = collect_reference(model, [IDS], sites=["z", "k"])
+    with torch.no_grad(), capture(model, ["z", "v"]) as run:
+        model(IDS.flip(0))
+    return {
+        "z of all heads": Edit("z", "zero"),
+        "both circuits of head 1": Freeze("both", [0], [1]),
+        "both circuits of head 3": Freeze("both", [1], [3]),
+        "pattern of heads 0 and 3": Edit("pattern", "uniform", heads=[0, 3]),
+        "scores of head 2": Edit("scores", "scale", value=0.5, heads=[2]),
+        "q by tensors": Edit("q", "add", value=values[:3], heads=[0, 2, 3]),
+        "whole groups at k": Edit("k", "scale", value=0.1, heads=[2, 3]),
+        "one of a group at rot_k": Edit("rot_k", "scale", value=0.1, heads=[3]),
+        "v of a whole group": Edit("v", "scale", value=0.1, heads=[0], gqa="shared"),
+        "noise": Edit("z", "noise", value=(0.0, 1.0), heads=[1, 2]),
+        "noise of a group": Edit("rot_k", "noise", value=(0.0, 1.0), heads=[2], gqa="shared"),
+        "mean": Edit("z", "mean", reference=means, heads=[1, 3]),
+        "mean k": Edit("k", "mean", reference=means),
+        "activation": Edit("z", "activation", reference=run, heads=[0, 3]),
+        "v of a run": Edit("v", "activation", reference=run, heads=[2]),
+        "a callable": Edit("z", lambda z: z.flip(1) * 0 + z.mean(2, keepdim=True), heads=[0, 1, 2, 3]),
+        "several": Spec([Freeze("qk", [0], [2]), Edit("z", "scale", value=2.0, heads=[0, 3]), Freeze("ov", [1], [1])]),
+    }
+
+
+def gap(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The largest difference, and the largest number; infinite for another shape."""
+    found, expected = found.detach(), expected.detach()
+    if found.shape != expected.shape:
+        return float("inf"), 0.0
+    # Masked scores are the lowest number there is, in both.
+    found, expected = (t.masked_fill(t < -1e9, 0) for t in (found, expected))
+    return float((found - expected).abs().max()), float(expected.abs().max())
+
+
+def compared(name: str, folder: Path) -> dict[str, Any]:
+    whole = FAMILIES[name].build()
+    split = AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto").eval()
+    found: dict[str, Any] = {"no patch": gap(split(IDS).logits, whole(IDS).logits)}
+    classes = [type(module) for module in split.modules()]
+    for kernel in ("auto", "eager"):
+        for what, spec in cuts(whole).items():
+            with torch.no_grad(), patched(whole, spec, kernel=kernel), patched(split, spec, kernel=kernel):
+                found[f"{what}, {kernel}"] = gap(split(IDS).logits, whole(IDS).logits)
+                if what == "several":
+                    tokens = (m.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (split, whole))
+                    found[f"generation, {kernel}"] = 0.0 if torch.equal(*tokens) else float("inf"), 1.0
+    spec = Freeze("ov", [0], [2])
+    for heads in ("all", [1, 2]):
+        with (
+            torch.no_grad(),
+            patched(whole, spec),
+            patched(split, spec),
+            capture(whole, list(SITES), heads=heads) as expected,
+            capture(split, list(SITES), heads=heads) as run,
+        ):
+            whole(IDS), split(IDS)
+        for key in expected:
+            found[f"capture of {key[0]} {key[1]}, heads {heads}"] = gap(run[key], expected[key])
+    for what, spec in (("none", None), ("ste", Freeze("both", [0], [1, 2], backward="ste"))):
+        for model in (whole, split):
+            model.zero_grad()
+            patch_model(model, spec)
+            model(IDS, labels=IDS).loss.backward()
+            unpatch_model(model)
+        for path, parameter in split.named_parameters():
+            if "layers.0.self_attn" in path and "norm" not in path:  # transformers adds the norms' up over processes
+                gradient, expected_gradient = parameter.grad, whole.get_parameter(path).grad
+                assert gradient is not None and expected_gradient is not None
+                found[f"gradient of {path}, {what}"] = gap(gradient.full_tensor(), expected_gradient)
+    spec = Edit("result", "zero", heads=[3])
+    try:
+        with torch.no_grad(), patched(whole, spec), patched(split, spec):
+            found["result of head 3"] = gap(split(IDS).logits, whole(IDS).logits)
+    except PatchError as error:
+        found["result"] = str(error)
+    found["print"] = str(patch_model(split, Freeze("ov", [0], [2])))
+    unpatch_model(split)
+    found["undone"] = classes == [type(module) for module in split.modules()]
+    return found
+
+
+def trained() -> dict[str, Any]:
+    """Gradients of a straight-through cut, each process with its part of the batch, against one process with all of it."""
+    spec, ids = Freeze("both", [1], [2], backward="ste"), torch.cat([IDS, IDS.flip(0)])
+    whole = patch_model(FAMILIES["llama"].build(), spec)
+    whole(ids, labels=ids).loss.backward()
+    own = ids.chunk(dist.get_world_size())[dist.get_rank()]
+    found: dict[str, Any] = {}
+
+    def compare(what: str, model: Any, forward: Any) -> None:
+        output = forward(own, labels=own)
+        found[f"{what}: logits"] = gap(output.logits, whole(own).logits)
+        output.loss.backward()
+        for path, parameter in model.named_parameters():
+            gradient = parameter.grad
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            found[f"{what}: {path}"] = gap(gradient, whole.get_parameter(path).grad)
+
+    model = patch_model(FAMILIES["llama"].build(), spec)
+    compare("DistributedDataParallel", model, torch.nn.parallel.DistributedDataParallel(model))
+    for order in ("patched, then sharded", "sharded, then patched"):
+        model = FAMILIES["llama"].build()
+        if order.startswith("patched"):
+            patch_model(model, spec)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        if order.startswith("sharded"):
+            patch_model(model, spec)
+        compare(order, model, model)
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    names: list[str] = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    found = {"training": trained(), **{name: compared(name, folder) for name in names}}
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
