@@ -15,9 +15,10 @@ from test_commands import invoke
 from test_finding_commands import data, is_picture
 from worded import write_task, write_worded
 
-from surgery import SurgeryError
+from surgery import SpecError, SurgeryError
 from surgery.analysis.interference.collecting import collect
 from surgery.analysis.interference.maps import heatmap
+from surgery.analysis.interference.study import conflict_test, overlap_test
 from surgery.commands.lines import batches_of, read_lines
 from surgery.demo import load_model
 
@@ -171,6 +172,25 @@ def test_a_text_needs_a_tokenizer_and_a_test_its_control(folder: Path, tmp_path:
     assert (result.exit_code == 1 and "sign_flip_test" in result.stderr) or "smallest attainable p" in result.stderr
     with pytest.raises(SurgeryError, match="at least 3"):
         read_lines(tmp_path / "few.jsonl", 3)
+
+
+def test_a_study_of_tasks_that_share_samples_is_refused(folder: Path) -> None:
+    model = load_model()
+    a, b, n = (collect(model, ids_of(folder / f"{name}.jsonl"), progress=False) for name in "abn")
+    for name, task in (("a", a), ("b", b), ("n", n)):
+        for number, part in enumerate(task.parts):
+            part.about["rows"] = [f"{name} {number} {row}" for row in range(len(part.about["losses"]))]
+    conflict_test(a, b, n_permutations=100, alpha=0.9)
+    a.parts[0].about["rows"][2], b.parts[1].about["rows"][0] = n.parts[2].about["rows"][1], n.parts[0].about["rows"][3]
+    with pytest.raises(SpecError) as raised:
+        overlap_test(a, b, n)
+    assert str(raised.value).splitlines()[0] == "overlap_test: 2 problems"
+    assert "a and control: found the same 1 samples among 15 and 15; expected samples of two tasks" in str(raised.value)
+    few = [collect(model, {"input_ids": batch["input_ids"][:2]}, progress=False) for batch in ids_of(folder / "a.jsonl")]
+    with pytest.raises(SpecError, match=r"^overlap_test: samples: found a smallest attainable p of 0.167"):
+        overlap_test(*few)
+    with pytest.raises(SpecError, match=r"^conflict_test: n_permutations: found a smallest attainable p of 0.25"):
+        conflict_test(a, b, n_permutations=3)
 
 
 @pytest.mark.parametrize(("option", "value"), [("--rho", 0), ("--rho", "nan"), ("--alpha", 1), ("--alpha", 0), ("--batch", 0)])

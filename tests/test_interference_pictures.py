@@ -15,9 +15,10 @@ from test_pictures import bar, cells, is_labelled, names, panels, problems, sayi
 import surgery.analysis.interference.tested as table
 from surgery import SpecError
 from surgery.analysis.interference.collecting import collect
+from surgery.analysis.interference.intervals import two_way_bootstrap
 from surgery.analysis.interference.maps import Interference, heatmap
 from surgery.analysis.interference.scores import sample_scores
-from surgery.analysis.interference.statistics import sign_flip_test, two_way_bootstrap
+from surgery.analysis.interference.signed import sign_flip_test
 from surgery.plots import block_bars, block_maps
 
 

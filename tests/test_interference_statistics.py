@@ -16,15 +16,13 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from surgery import SpecError
-from surgery.analysis.interference.checks import RESULTS
+from surgery.analysis.interference.checks import RESULTS, shared_samples
+from surgery.analysis.interference.intervals import two_way_bootstrap
 from surgery.analysis.interference.randomised import flips, labelings
+from surgery.analysis.interference.signed import sign_flip_test
 from surgery.analysis.interference.sizes import one_sample, two_sample
-from surgery.analysis.interference.statistics import (
-    Scores,
-    permutation_test,
-    sign_flip_test,
-    two_way_bootstrap,
-)
+from surgery.analysis.interference.statistics import Scores, permutation_test
+from surgery.analysis.interference.study import require_reach
 
 BLOCKS = ["Q"] * 5 + ["V"] * 4
 NAMES = ("rows_a", "rows_n", "columns_b", "columns_n")
@@ -285,12 +283,21 @@ def test_all_flips_are_those_of_a_loop() -> None:
     observed = np.array(
         [_both_ways(r, np.full_like(c, r.mean()) + c - c.mean()) / 2 for r, c in zip(rows.T, columns.T, strict=True)]
     )
-    np.testing.assert_array_equal(result.frame.p_both, (chance >= observed - 1e-9).mean(axis=0))
+    # flips of deviations: the observed statistic, which is not centred, is not one of them, and counts as one more
+    np.testing.assert_array_equal(result.frame.p_both, (1 + (chance >= observed - 1e-9).sum(axis=0)) / (1 + len(chance)))
     np.testing.assert_array_equal(result.frame.p, result.frame[["p_row", "p_col", "p_both"]].max(axis=1))
-    largest = (chance.max(axis=1)[:, None] >= observed - 1e-9).mean(axis=0)
+    largest = (1 + (chance.max(axis=1)[:, None] >= observed - 1e-9).sum(axis=0)) / (1 + len(chance))
     np.testing.assert_array_equal(result.frame.p_maxt, np.maximum(largest, result.frame.p))
     assert (largest < result.frame.p).any() and (result.frame.p < largest).any(), "either may be larger"
     np.testing.assert_array_equal(result.frame.p_fdr, stats.false_discovery_control(result.frame.p))
+
+
+def test_no_p_is_zero_of_few_samples_that_oppose_each_other() -> None:
+    """5 + 5 samples have 1,024 flips, none of which reaches the observed statistic."""
+    result = _quietly(sign_flip_test, *_margins(0, (5, 5), shared=20.0, cosine=-1.0))
+    assert result.permutations["p_both"] == 1024 and result.exact == ("p_row", "p_col", "p_both")
+    assert (result.frame.p_both == 1 / 1025).all() and (result.frame.p_row == 1 / 32).all()
+    assert (result.frame.p_maxt == 1 / 32).all()
 
 
 def test_opposed_heads_are_found_and_cooperating_ones_are_not() -> None:
@@ -501,6 +508,12 @@ def test_heads_without_a_score_spoil_nothing() -> None:
     pd.testing.assert_frame_equal(alone[EFFECTS + P[:3]], frame.loc[rest, EFFECTS + P[:3]].reset_index(drop=True))
     lonely = permutation_test(scores, ["only", *BLOCKS[1:]])
     assert lonely.frame.p[0] == 1 and np.isnan(lonely.frame.g_row[0]) and len(lonely.notes) == 2
+    named = pd.DataFrame({"address": "self.0", "block": BLOCKS, "head": [*range(5), *range(4)]})
+    assert (
+        permutation_test(silent, BLOCKS, hypotheses=named)
+        .notes[0]
+        .endswith("have no spread: self.0 Q 0, self.0 Q 1, self.0 Q 2")
+    )
     nothing = permutation_test(Scores(*(np.zeros_like(getattr(scores, name)) for name in NAMES)), BLOCKS)
     assert (nothing.frame[P] == 1).all(axis=None) and "no spread: 0, 1, 2, 3, 4, 5, 6, 7, ... (9 in all)" in nothing.notes[0]
     rows, columns = _margins(0)
@@ -511,6 +524,8 @@ def test_heads_without_a_score_spoil_nothing() -> None:
         and signed.frame.p.drop(4).min() < 1
         and signed.notes == ["p is 1 where all scores are 0: 4"]
     )
+    signed = _quietly(sign_flip_test, rows, columns, hypotheses=named, n_permutations=200)
+    assert signed.notes == ["p is 1 where all scores are 0: self.0 Q 4"]
 
 
 def test_a_zero_is_the_smallest_score_of_its_head() -> None:
@@ -578,18 +593,20 @@ def test_too_few_samples_or_permutations() -> None:
         "a smallest attainable p of 0.167, as p_row has 6 labelings (all there are); expected one of at most alpha=0.05"
         in message
     )
-    assert "Collect more samples" in message
+    assert "Collect more samples" in message and message.startswith("permutation_test: samples: found")
     with pytest.warns(UserWarning, match=r"p_fdr is at least 1 for a single finding, .* only if 2 have that p"):
         permutation_test(few, BLOCKS, alpha=0.9)
     many = _scores(0, (20, 20, 20, 20))
     assert "as p_row has 10 labelings (n_permutations)" in _message(permutation_test, many, BLOCKS, n_permutations=10)
     with pytest.warns(UserWarning, match="least 0.0891 for a single .* only if 2 have .* at least 360 .* n_permutations=360"):
-        permutation_test(many, BLOCKS, n_permutations=100)
+        title = permutation_test(many, BLOCKS, n_permutations=100).title
+    assert "at FDR 0.05 (too few permutations: p_fdr of a single finding is at least 0.0891), " in title
     with pytest.warns(UserWarning, match=r"p_fdr is at least 0.0299 for a single finding, just below alpha=0.05"):
         permutation_test(many, BLOCKS, n_permutations=300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert permutation_test(many, BLOCKS, n_permutations=360).permutations["p_col"] == 360
+        planned = permutation_test(many, BLOCKS, n_permutations=360)
+        assert planned.permutations["p_col"] == 360 and "at FDR 0.05, " in planned.title
         assert permutation_test(many, BLOCKS).permutations["p_col"] == 9999
         assert permutation_test(many, BLOCKS, alpha=0.001).permutations["p_col"] == 18_000
     wide = _scores(0, (20, 20, 20, 20), 4096)
@@ -600,6 +617,32 @@ def test_too_few_samples_or_permutations() -> None:
     assert "0.0625, as p_row has 16 flips" in _message(sign_flip_test, *_margins(0, (4, 30)))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((2, 9, 2), {}, r"^overlap_test: samples: .* of 0.167, as p_row has 6 labelings .*\nconflict_test: samples: .* 0.25"),
+        ((9, 4, 9), {}, r"^conflict_test: samples: found a smallest attainable p of 0.0625, as p_col has 16 flips of signs"),
+        ((9, 9, 9), {"n_permutations": 18}, r"^overlap_test: n_permutations: .* 18 labelings \(n_permutations\).*\nconflict"),
+        ((9, 9, 9), {"alpha": 0.001}, r"^conflict_test: samples: .* 512 flips"),
+    ],
+)
+def test_what_cannot_be_found_is_known_from_numbers_of_samples(sizes: Any, options: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        require_reach(*sizes, **options)
+    require_reach(5, 5, 5)
+    require_reach(9, 9, 9, n_permutations=19)
+    require_reach(20, 20, 20, alpha=1e-6)
+
+
+def test_samples_in_common_are_counted_in_any_order() -> None:
+    tasks = {"a": list("abcd"), "b": list("dcba"), "n": list("xyzdc"), "m": ["m"]}
+    assert [problem.split("; ")[0] for problem in shared_samples(tasks)] == [
+        "a and b: found the same 4 samples",
+        "a and n: found the same 2 samples among 4 and 5",
+        "b and n: found the same 2 samples among 4 and 5",
+    ]
+
+
 def test_signed_scores_and_maps_that_do_not_fit() -> None:
     rows, columns = _margins(0)
     message = _message(sign_flip_test, rows, columns + 0.1)
@@ -607,5 +650,8 @@ def test_signed_scores_and_maps_that_do_not_fit() -> None:
     assert "columns: found shape (5, 8); expected (sample, 9)" in _message(sign_flip_test, rows, columns[:, :8])
     assert "rows: found shape (0, 0)" in _message(sign_flip_test, None, columns, BLOCKS)
     message = _message(two_way_bootstrap, np.full((1, 3), np.nan), confidence=1, resamples=0)
-    assert "shape (1, 3)" in message and "confidence: found 1" in message and "resamples=0" in message
+    assert "1 and 3 samples (shape (1, 3)); expected at least 2 of each task. Collect more" in message
+    assert "confidence: found 1" in message and "resamples=0" in message
+    assert "1 and 1 samples" in _message(two_way_bootstrap, np.ones((4, 1, 1)))
+    assert "shape (7,)" in (message := _message(two_way_bootstrap, np.ones(7))) and "not its means" in message
     assert "2 of 6 entries that are not finite" in _message(two_way_bootstrap, np.array([[1, np.nan, 2], [np.inf, 0, 0]]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
 from math import ceil
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from surgery.analysis.interference.randomised import Draws
-from surgery.errors import SpecError, describe
+from surgery.errors import SpecError, describe, listing
 
 FEWEST = 2
 
@@ -94,19 +96,32 @@ def empty_blocks(name: str, array: np.ndarray, blocks: np.ndarray, beside: dict[
     return problems
 
 
+def shared_samples(tasks: Mapping[str, Sequence[Hashable]]) -> list[str]:
+    """Tasks that have samples in common, whatever their order. tasks: by name, what tells each sample from others."""
+    problems = []
+    do = "Take other samples for each task: a sample against itself is no test."
+    for (first, some), (second, others) in combinations(tasks.items(), 2):
+        if count := len(set(some) & set(others)):
+            among = "" if count == len(some) == len(others) else f" among {len(some)} and {len(others)}"
+            found = f"the same {count} samples{among}"
+            problems.append(describe(f"{first} and {second}", found, "samples of two tasks", do))
+    return problems
+
+
 def out_of_reach(what: str, draws: dict[str, Draws], alpha: float) -> list[str]:
     """No p can reach alpha: too few samples, or permutations."""
     fewest, ways, of = _fewest(what, draws)
     if 1 / ways <= alpha:
         return []
     do = "Collect more samples." if fewest.exact else "Pass more n_permutations, or leave it out."
-    return [describe(what, f"a smallest attainable p of {1 / ways:.3g}, as {of}", f"one of at most alpha={alpha:g}", do)]
+    part = "samples" if fewest.exact else "n_permutations"
+    return [describe(part, f"a smallest attainable p of {1 / ways:.3g}, as {of}", f"one of at most alpha={alpha:g}", do)]
 
 
 def check_reach(what: str, draws: dict[str, Draws], hypotheses: int, alpha: float) -> None:
     """Raises SpecError where no p can reach alpha, warns where no single finding's p_fdr can."""
     if problems := out_of_reach(what, draws, alpha):
-        raise SpecError(problems[0])
+        raise SpecError(listing(what, problems))
     fewest, ways, of = _fewest(what, draws)
     kind = _kind(what)
     needed = ceil(2 * hypotheses / alpha)
@@ -135,7 +150,18 @@ def _fewest(what: str, draws: dict[str, Draws]) -> tuple[Draws, int, str]:
     return fewest, fewest.count + (0 if fewest.exact else 1), of
 
 
-def numbers_of(which: np.ndarray, most: int = 8) -> str:
+def numbers_of(which: np.ndarray) -> str:
     """Numbers of what is true, the first few of many."""
-    numbers = np.flatnonzero(which)
-    return ", ".join(map(str, numbers[:most])) + (f", ... ({len(numbers):,} in all)" if len(numbers) > most else "")
+    return _few(np.flatnonzero(which))
+
+
+def names_of(which: np.ndarray, hypotheses: pd.DataFrame | None, blocks: np.ndarray) -> str:
+    """Address, block and head of the hypotheses for which it is true, the first few of many; numbers where they have none."""
+    if hypotheses is None or not {"address", "head"} <= set(hypotheses.columns):
+        return numbers_of(which)
+    places = zip(hypotheses["address"], blocks, hypotheses["head"], strict=True)
+    return _few([f"{address} {block} {head}" for (address, block, head), is_one in zip(places, which, strict=True) if is_one])
+
+
+def _few(names: Sequence[Any] | np.ndarray, most: int = 8) -> str:
+    return ", ".join(map(str, names[:most])) + (f", ... ({len(names):,} in all)" if len(names) > most else "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
+from surgery.analysis.interference.checks import FEWEST
 from surgery.errors import SpecError, describe, listing
 
 
@@ -39,9 +40,13 @@ def two_way_bootstrap(
     """
     maps = np.asarray(values)
     problems = []
-    if maps.ndim not in (2, 3) or min(maps.shape[-2:], default=0) < 2 or maps.size == 0:
-        expected = "(n_A, n_B) or (hypothesis, n_A, n_B), at least 2 samples of each task"
+    if maps.ndim not in (2, 3) or len(maps) == 0:
+        expected = "(n_A, n_B) or (hypothesis, n_A, n_B)"
         problems.append(describe("values", f"shape {maps.shape}", expected, "Pass the map itself, not its means."))
+    elif min(maps.shape[-2:]) < FEWEST:
+        found = f"{maps.shape[-2]} and {maps.shape[-1]} samples (shape {maps.shape})"
+        do = "Collect more: of one sample, nothing says how far another would be."
+        problems.append(describe("values", found, f"at least {FEWEST} of each task", do))
     elif not np.isfinite(maps).all():
         found = f"{int((~np.isfinite(maps)).sum()):,} of {maps.size:,} entries that are not finite"
         problems.append(describe("values", found, "numbers", "Leave out the samples that have none."))

@@ -26,7 +26,7 @@ LEAST = 9999
 
 @dataclass(frozen=True)
 class Draws:
-    """Ways to hand out labels or signs. count: how many; exact: all there are, with the observed way among them.
+    """Ways to hand out labels or signs. count: how many; exact: all there are, with the one that changes nothing among them.
 
     chunks: gives them in matrices (draw, sample) of at most so many rows; the same ones in chunks of any size.
     """
@@ -94,12 +94,19 @@ def products(scores: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def tails(
-    draws: Draws, statistic: Callable[[np.ndarray], np.ndarray], observed: np.ndarray, memory_mib: float, bar: Any
+    draws: Draws,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    observed: np.ndarray,
+    memory_mib: float,
+    bar: Any,
+    *,
+    is_among_them: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One-sided p of each hypothesis, and p of each against the largest statistic of all hypotheses (max-T).
 
     statistic: of a chunk of draws, (draw, hypothesis). observed: (hypothesis,). p is (1 + count) / (1 + draws), which is never
     0 and holds the level exactly (Phipson and Smyth 2010); of all ways, count / ways, as the observed one is counted there.
+    is_among_them: whether all ways give the observed statistic once; not if they are of values that were centred first.
     """
     rows = max(1, int(memory_mib * 2**20 / (8 * (ARRAYS * len(observed) + 3 * draws.samples))))
     least = observed - TIE
@@ -110,5 +117,5 @@ def tails(
         largest.append(found.max(axis=1))
         bar.update(len(chunk))
     above = draws.count - np.searchsorted(np.sort(np.concatenate(largest)), least, side="left")
-    own = 0 if draws.exact else 1
+    own = 0 if draws.exact and is_among_them else 1
     return (counts + own) / (draws.count + own), (above + own) / (draws.count + own)

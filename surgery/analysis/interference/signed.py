@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from surgery.analysis.interference.checks import (
     as_scores,
     check_reach,
+    names_of,
     numbers_of,
     wrong_arrays,
     wrong_hypotheses,
@@ -84,7 +85,7 @@ def sign_flip_test(
     check_reach("sign_flip_test", draws, len(names), alpha)
     found: dict[str, Any] = {}
     live = (arrays["rows"] != 0).any(axis=0) & (arrays["columns"] != 0).any(axis=0)
-    notes = [] if live.all() else [f"p is 1 where all scores are 0: {numbers_of(~live)}"]
+    notes = [] if live.all() else [f"p is 1 where all scores are 0: {names_of(~live, hypotheses, names)}"]
     kept = {name: array[:, live] for name, array in arrays.items()}
     familywise = np.ones(len(live))
     with tqdm(total=sum(d.count for d in draws.values()), desc="flipping", unit="draw", disable=not progress) as bar:
@@ -97,7 +98,9 @@ def sign_flip_test(
         found["p_both"] = np.ones(len(live))
         if live.any():
             both = _BothWays(kept["rows"], kept["columns"])
-            found["p_both"][live], familywise[live] = tails(draws["both"], both, both.observed, memory_mib, bar)
+            found["p_both"][live], familywise[live] = tails(
+                draws["both"], both, both.observed, memory_mib, bar, is_among_them=False
+            )
     found["p"] = np.maximum.reduce([found["p_row"], found["p_col"], found["p_both"]])
     found["p_fdr"] = corrected(found["p"])
     found["p_maxt"] = np.maximum(familywise, found["p"])

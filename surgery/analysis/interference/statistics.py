@@ -27,18 +27,15 @@ from surgery.analysis.interference.checks import (
     as_scores,
     check_reach,
     empty_blocks,
-    numbers_of,
+    names_of,
     wrong_arrays,
     wrong_hypotheses,
     wrong_options,
 )
-from surgery.analysis.interference.intervals import Intervals as Intervals
-from surgery.analysis.interference.intervals import two_way_bootstrap as two_way_bootstrap
 from surgery.analysis.interference.randomised import enough, labelings, products, tails
 from surgery.analysis.interference.signed import sign_flip_test as sign_flip_test
 from surgery.analysis.interference.sizes import two_sample
-from surgery.analysis.interference.tested import Tested as Tested
-from surgery.analysis.interference.tested import as_tested
+from surgery.analysis.interference.tested import Tested, as_tested
 from surgery.analysis.statistics import corrected
 from surgery.errors import SpecError, describe, listing
 
@@ -135,7 +132,7 @@ def permutation_test(
             logs = _relative(np.concatenate([arrays[task], arrays[control]]), names)
             n, live = len(arrays[task]), np.ptp(logs, axis=0) > 0  # NaN has none
             if not live.all():
-                notes.append(f"p_{way} is 1 where {task} and {control} have no spread: {numbers_of(~live)}")
+                notes.append(f"p_{way} is 1 where {task} and {control} have no spread: {names_of(~live, hypotheses, names)}")
             columns |= {f"{k}_{way}": np.where(live, v, np.nan) for k, v in two_sample(logs[:n], logs[n:]).items()}
             p, against_all = np.ones(len(live)), np.ones(len(live))
             if live.any():

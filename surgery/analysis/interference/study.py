@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from surgery.analysis.interference.checks import FEWEST, out_of_reach, wrong_options
+from surgery.analysis.interference.checks import FEWEST, out_of_reach, shared_samples, wrong_options
 from surgery.analysis.interference.fisher import require_same
 from surgery.analysis.interference.gradients import Gradients
 from surgery.analysis.interference.kernels import kernel_of
@@ -53,11 +53,7 @@ def overlap_test(
     if kernel_of(kernel).is_unit:
         do = "Use conflict_test, which needs no control."
         problems.append(describe("kernel", f"{kernel!r}, whose numbers have signs", "one whose numbers have none", do))
-
-    def draws(most: int) -> dict[str, Draws]:
-        return {"row": labelings(len(a), len(control), most, seed), "col": labelings(len(b), len(control), most, seed)}
-
-    _check("overlap_test", tasks, problems, draws, n_permutations, alpha)
+    _check("overlap_test", tasks, problems, _labelings, n_permutations, alpha)
     hypotheses, scores = sample_scores(
         a, b, control, fisher, kernel, rho=rho, memory_mib=memory_mib, device=device, progress=progress
     )
@@ -94,11 +90,7 @@ def conflict_test(
     """
     tasks = {"a": a, "b": b}
     problems = [*_wrong_tasks(tasks), *wrong_options(n_permutations, alpha, memory_mib, seed)]
-
-    def draws(most: int) -> dict[str, Draws]:
-        return {"row": flips(len(a), most, seed), "col": flips(len(b), most, seed)}
-
-    _check("conflict_test", tasks, problems, draws, n_permutations, alpha)
+    _check("conflict_test", tasks, problems, _flips, n_permutations, alpha)
     hypotheses, scores = sample_scores(a, b, None, kernel="signed", memory_mib=memory_mib, device=device, progress=progress)
     return sign_flip_test(
         scores["rows_a"],
@@ -112,12 +104,31 @@ def conflict_test(
     )
 
 
+def require_reach(a: int, b: int, control: int, n_permutations: int | None = None, alpha: float = 0.05) -> None:
+    """Raises SpecError if with so many samples of each task not even the smallest p of both tests can reach alpha."""
+    most = enough(1, alpha) if n_permutations is None else n_permutations
+    tests = {"overlap_test": _labelings([a, b, control], most), "conflict_test": _flips([a, b], most)}
+    if problems := [listing(name, wrong) for name, draws in tests.items() if (wrong := out_of_reach(name, draws, alpha))]:
+        raise SpecError("\n".join(problems))
+
+
+def _labelings(sizes: Sequence[int], most: int) -> dict[str, Draws]:
+    """How many there are, of A, B and the control. They are never drawn: the tests draw their own."""
+    a, b, control = sizes
+    return {"row": labelings(a, control, most, 0), "col": labelings(b, control, most, 0)}
+
+
+def _flips(sizes: Sequence[int], most: int) -> dict[str, Draws]:
+    """The same of A and B."""
+    return {way: flips(size, most, 0) for way, size in zip(("row", "col"), sizes, strict=True)}
+
+
 def _frame(hypotheses: list[tuple[str, str, int]]) -> pd.DataFrame:
     return pd.DataFrame(hypotheses, columns=["address", "block", "head"])
 
 
 def _wrong_tasks(tasks: dict[str, Any]) -> list[str]:
-    """What are no gradients, too few samples, and one task twice."""
+    """What are no gradients, too few samples, and tasks that have samples in common."""
     problems = []
     for name, task in tasks.items():
         if name == "control" and task is None:
@@ -128,30 +139,33 @@ def _wrong_tasks(tasks: dict[str, Any]) -> list[str]:
         elif len(task) < FEWEST:
             do = "Collect more; about 20 make a test that finds something."
             problems.append(describe(name, f"{len(task)} samples", f"at least {FEWEST}", do))
-    known: dict[tuple[str, ...], str] = {}
-    for name, task in tasks.items():
-        if isinstance(task, Gradients) and len(task):
-            first = known.setdefault(tuple(part.about["data"] for part in task.parts), name)
-            if first != name:
-                do = "Collect other samples for each task: a task against itself is no test."
-                problems.append(describe(f"{first} and {name}", f"the same {len(task)} samples", "samples of two tasks", do))
-    return problems
+    return problems + shared_samples({name: _samples(task) for name, task in tasks.items() if isinstance(task, Gradients)})
+
+
+def _samples(task: Gradients) -> list[str]:
+    """What tells each sample from others: a digest of its row; where batches alone have one, that and the row's number."""
+    found: list[str] = []
+    for part in task.parts:
+        of_batch = [f"{part.about['data']} {number}" for number in range(len(part.about["losses"]))]
+        found += part.about.get("rows", of_batch)
+    return found
 
 
 def _check(
     what: str,
     tasks: dict[str, Gradients],
     problems: list[str],
-    draws: Callable[[int], dict[str, Draws]],
+    draws: Callable[[Sequence[int], int], dict[str, Draws]],
     n_permutations: int | None,
     alpha: float,
 ) -> None:
-    """Raises SpecError, listing all. Good tasks alone are asked whether p can reach alpha, and whether they belong together."""
+    """Raises SpecError, listing all. Good tasks alone are asked whether p can reach alpha."""
     if not problems:
         most = enough(len(tasks["a"].hypotheses), alpha) if n_permutations is None else int(n_permutations)
-        problems = out_of_reach(what, draws(most), alpha)
+        problems = out_of_reach(what, draws([len(task) for task in tasks.values()], most), alpha)
+    if all(isinstance(task, Gradients) for task in tasks.values()):
         try:
-            require_same(what, *[task.about for task in tasks.values()])
+            require_same("tasks", *[task.about for task in tasks.values()])
         except SpecError as error:
             problems.append(str(error))
     if problems:

@@ -61,8 +61,11 @@ class Tested:
             for name, count in self.permutations.items()
         )
         sizes = ", ".join(f"{name} {count}" for name, count in self.sizes.items())
+        least = len(self.frame) / min(count + (name not in self.exact) for name, count in self.permutations.items())
+        out_of_reach = f" (too few permutations: p_fdr of a single finding is at least {min(1.0, least):.3g})"
         return (
-            f"{len(self.significant())} of {len(self.frame)} hypotheses at FDR {self.alpha:g}, "
+            f"{len(self.significant())} of {len(self.frame)} hypotheses at FDR {self.alpha:g}"
+            f"{out_of_reach if least > self.alpha else ''}, "
             f"{len(self.significant(by='p_maxt'))} at familywise {self.alpha:g}; samples: {sizes}; permutations: {how}"
         )
 
