@@ -19,7 +19,7 @@ from surgery import SpecError, SurgeryError
 from surgery.analysis.interference.collecting import collect
 from surgery.analysis.interference.maps import heatmap
 from surgery.analysis.interference.study import conflict_test, overlap_test
-from surgery.commands.lines import batches_of, read_lines
+from surgery.commands.lines import as_tokens, batches_of, read_lines, require_fitting
 from surgery.demo import load_model
 
 INDUCTION, PREVIOUS = ("self.1", 3), ("self.0", 0)
@@ -45,7 +45,7 @@ def ids_of(path: Path) -> list[dict[str, Any]]:
     lines = [[int(w[1:]) for w in json.loads(line)["text"].split()] for line in path.read_text(encoding="utf-8").splitlines()]
     copy = path.with_suffix(".ids")
     copy.write_text("\n".join(json.dumps({"input_ids": line}) for line in lines), encoding="utf-8")
-    return batches_of(read_lines(copy, 2), None, "", 8)
+    return batches_of(read_lines(copy, 2), 8)
 
 
 def test_two_tasks_that_share_a_circuit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,30 @@ def test_options_reach_the_functions(folder: Path, tmp_path: Path) -> None:
     a, b, n = (collect(load_model(), batches, layers=[1], progress=False) for batches in short)
     assert rows["mean"].tolist() == pytest.approx(heatmap(a, b, [a, b, n], "whitened", rho=0.1).means.tolist(), rel=1e-4)
     assert any("99 labelings" in note for note in found["notes"]), "too few are said, not hidden"
-    assert "99 labelings" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_too_few_permutations_are_said_where_they_are_seen(folder: Path, tmp_path: Path) -> None:
+    """In the terminal, in the title, and in the report before its tables. Nothing of an earlier run stays beside that."""
+    for suffix in ("csv", "png", "pdf", "txt"):
+        (tmp_path / f"query-heads.{suffix}").write_text("of an earlier run", encoding="utf-8")
+    result = invoke(*asked(folder, tmp_path, "--permutations", 99))
+    assert result.exit_code == 0 and "warning: permutation_test: found a smallest p of 0.01" in result.stderr
+    assert "warning: sign_flip_test" in result.stderr and "warning:" not in result.stdout
+    assert "at FDR 0.05 (too few permutations: p_fdr of a single finding is at least 0.32), " in result.stdout
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert 0 < report.index("* warning: permutation_test: found") < report.index("## Overlap")
+    for word in (
+        "p_fdr: ",
+        "p_maxt: ",
+        "conflict_p_fdr: ",
+        "g_row, g_col: ",
+        "kv head",
+        "not counted",
+        "tested.csv",
+        "top.tex",
+    ):
+        assert word in report[report.index("## Columns") :], word
+    assert "query-heads" not in report and [path.suffix for path in tmp_path.glob("query-heads*")] == [".txt"], "not ours"
 
 
 def test_biases_and_query_heads(tmp_path: Path) -> None:
@@ -105,7 +128,7 @@ def test_biases_and_query_heads(tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = data(*asked(tmp_path, out, "--biases", "--query-heads"))
     a, b, n = (
-        collect(model, batches_of(read_lines(tmp_path / f"{name}.jsonl", 2), None, "", 8), progress=False, **options)
+        collect(model, batches_of(read_lines(tmp_path / f"{name}.jsonl", 2), 8), progress=False, **options)
         for name, options in (("a", {"biases": True}), ("b", {"biases": True, "query_heads": True}), ("n", {"biases": True}))
     )
     assert pd.DataFrame(found["rows"])["mean"].tolist() == pytest.approx(heatmap(a, b, [a, b, n]).means.tolist(), rel=1e-4)
@@ -113,19 +136,59 @@ def test_biases_and_query_heads(tmp_path: Path) -> None:
     expected = heatmap(a, b, [a, b, n], query_heads=True)
     assert [tuple(row) for row in parts[["address", "block", "head"]].to_numpy()] == expected.hypotheses
     assert parts["mean"].tolist() == pytest.approx(expected.means.tolist(), rel=1e-4)
-    assert is_picture(out / "query-heads.png") and "![query-heads](query-heads.png)" in (out / "report.md").read_text("utf-8")
+    report = (out / "report.md").read_text("utf-8")
+    assert is_picture(out / "query-heads.png") and "![query-heads](query-heads.png)" in report
+    assert "Biases of Q, K and V are counted" in report and "* query-heads.csv: " in report
 
 
 def test_samples_are_batched_by_length_and_kind(tmp_path: Path) -> None:
     lines = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}, {"input_ids": [6, 7, 8], "labels": [-100, -100, 8]}]
+    lines.append({"input_ids": [6, 7, 8], "labels": [9]})
     (tmp_path / "x.jsonl").write_text("\n\n".join(map(json.dumps, [*lines, *lines[:1] * 2])), encoding="utf-8")
-    found = batches_of(read_lines(tmp_path / "x.jsonl", 2), None, "", size=2)
+    found = batches_of(read_lines(tmp_path / "x.jsonl", 2), size=2)
     assert [{name: value.tolist() for name, value in batch.items()} for batch in found] == [
         {"input_ids": [[1, 2, 3], [1, 2, 3]]},
         {"input_ids": [[1, 2, 3]]},
         {"input_ids": [[4, 5]]},
         {"input_ids": [[6, 7, 8]], "labels": [[-100, -100, 8]]},
+        {"input_ids": [[6, 7, 8]], "labels": [[9]]},
     ]
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """JSON may have other characters that Python splits lines at in its strings as they are."""
+    texts = ["a\u2028b", "c\u0085d", "e\u2029f"]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n"
+    (tmp_path / "x.jsonl").write_bytes(lines.encode())
+    found = read_lines(tmp_path / "x.jsonl", 2)
+    assert [(sample.text, sample.where[-6:]) for sample in found] == list(
+        zip(texts, ("line 1", "line 2", "line 3"), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "line", "message"),
+    [
+        ("llama", {"input_ids": [1, 67]}, "line 2: found token 67; expected numbers below the model's 67 tokens"),
+        ("llama", {"input_ids": [1, 10**30]}, "line 2: found token 1000"),
+        ("llama", {"input_ids": [1, 2], "labels": [-100, 67]}, "line 2: found label 67; expected numbers below the model's 67"),
+        ("llama", {"input_ids": [1, 2], "labels": [2]}, "line 2: found 1 labels of 2 tokens; expected a label for each token"),
+        ("llama", {"input_ids": [1, 2, 3], "labels": [5, -100, -100]}, "line 2: found the first label alone"),
+        ("llama", {"input_ids": [1, 2, 3], "labels": [-100, -100, 66]}, None),
+        ("bert", {"input_ids": [1, 2, 3], "labels": [5, -100, -100]}, None),
+        ("t5", {"input_ids": [1, 2, 3], "labels": [5]}, None),
+        ("t5", {"input_ids": [1, 2, 3], "labels": [5, 1, 67]}, "line 2: found label 67"),
+    ],
+)
+def test_what_a_model_cannot_learn_is_refused_by_its_line(tmp_path: Path, family: str, line: Any, message: str | None) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{{"input_ids": [1, 2]}}\n{json.dumps(line)}', encoding="utf-8")
+    samples, model = as_tokens(read_lines(tmp_path / "x.jsonl", 2), None, ""), FAMILIES[family].build()
+    if message is not None:
+        with pytest.raises(SurgeryError, match=message):
+            require_fitting(samples, model)
+        return
+    require_fitting(samples, model)
+    assert len(collect(model, batches_of(samples[1:], 8), progress=False)) == 1, "and it is one that can be collected"
 
 
 @pytest.mark.parametrize(
@@ -134,12 +197,15 @@ def test_samples_are_batched_by_length_and_kind(tmp_path: Path) -> None:
         (["{"], "line 1: found no JSON"),
         (['{"text": "w1 w2"}', "[1, 2]"], "line 2: found a list"),
         (['{"text": "w1", "input_ids": [1]}'], "line 1: found the keys 'text', 'input_ids'"),
-        (['{"input_ids": [1, 2], "labels": [1]}'], "no lists of whole numbers, or not of one length"),
-        (['{"input_ids": [1, -2]}'], "no lists of whole numbers"),
-        (['{"input_ids": [1, true]}'], "no lists of whole numbers"),
+        (['{"input_ids": [1, 2], "labels": [1, -99]}'], "line 1: found labels that are no list of tokens' numbers and -100"),
+        (['{"input_ids": [1, 2], "labels": [1, -100.0]}'], "line 1: found labels that are no list"),
+        (['{"input_ids": [1, 2], "labels": 1}'], "line 1: found labels that are no list"),
+        (['{"input_ids": [1, -2]}'], "line 1: found input_ids that are no list of whole numbers"),
+        (['{"input_ids": [1, true]}'], "no list of whole numbers"),
         (['{"text": "w1 w2 w3"}'], "found 1 samples; expected at least 2"),
-        (['{"text": "w1"}', '{"text": "w1 w2"}'], "line 1: found 1 tokens"),
-        (['{"input_ids": [1, 2], "labels": [-100, -100]}'] * 2, "labels of -100 alone"),
+        (['{"text": "w1"}', '{"text": "w1 w2"}'] * 3, "line 1: found 1 tokens"),
+        (['{"input_ids": [1, 2], "labels": [-100, -100]}'] * 5, "labels of -100 alone"),
+        (['{"input_ids": [1, 2], "labels": []}'] * 5, "labels of -100 alone, or none"),
     ],
 )
 def test_samples_that_are_none_are_refused_by_their_line(
@@ -162,16 +228,47 @@ def test_a_text_needs_a_tokenizer_and_a_test_its_control(folder: Path, tmp_path:
     words = asked(folder, tmp_path / "out")
     result = invoke(*words[:6], *words[8:])
     assert result.exit_code == 2 and "--control" in result.stderr
-    (tmp_path / "far.jsonl").write_text('{"input_ids": [1, 64]}\n' * 2, encoding="utf-8")
+    far = [json.dumps({"input_ids": [number, 64]}) for number in range(1, 7)]
+    (tmp_path / "far.jsonl").write_text("\n".join(far), encoding="utf-8")
     result = invoke(*(tmp_path / "far.jsonl" if word == folder / "a.jsonl" else word for word in words))
-    assert result.exit_code == 1 and "far.jsonl: found token 64; expected numbers below the model's 64" in result.stderr
-    few = "\n".join((folder / "a.jsonl").read_text(encoding="utf-8").splitlines()[:2])
+    assert result.exit_code == 1 and "far.jsonl, line 1: found token 64; expected numbers below the model's 64" in result.stderr
+    with pytest.raises(SurgeryError, match="at least 7"):
+        read_lines(tmp_path / "far.jsonl", 7)
+
+
+def test_what_needs_no_model_is_refused_before_one_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.pretrained.load_any", lambda *_, **__: pytest.fail("before any model is read"))
+    words = asked(folder, tmp_path / "out")
+    result = invoke(*words, "--permutations", 18)
+    assert result.exit_code == 1 and "overlap_test: n_permutations: found a smallest attainable p of 0.0526" in result.stderr
+
+    few = "\n".join(json.dumps({"input_ids": [number, 5]}) for number in range(4))
     (tmp_path / "few.jsonl").write_text(few, encoding="utf-8")
-    given = [tmp_path / "few.jsonl" if word == folder / "a.jsonl" else word for word in words]
-    result = invoke(*given)
-    assert (result.exit_code == 1 and "sign_flip_test" in result.stderr) or "smallest attainable p" in result.stderr
-    with pytest.raises(SurgeryError, match="at least 3"):
-        read_lines(tmp_path / "few.jsonl", 3)
+    result = invoke(*(tmp_path / "few.jsonl" if word == folder / "b.jsonl" else word for word in words))
+    assert result.exit_code == 1 and "conflict_test: samples: found a smallest attainable p of 0.0625" in result.stderr
+
+    of_a, of_b = ((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in "ab")
+    (tmp_path / "mixed.jsonl").write_text("\n".join([*of_b, *of_a[4:1:-1]]), encoding="utf-8")
+    result = invoke(*(tmp_path / "mixed.jsonl" if word == folder / "b.jsonl" else word for word in words))
+    assert result.exit_code == 1 and result.stderr.count("interference: ") == 1
+    assert (
+        f"A ({folder / 'a.jsonl'}) and B ({tmp_path / 'mixed.jsonl'}): found the same 3 samples among 15 and 18"
+        in result.stderr
+    )
+    (tmp_path / "again.jsonl").write_text("\n".join(reversed(of_a)), encoding="utf-8")
+    for name in (folder / "a.jsonl", tmp_path / "again.jsonl"):
+        result = invoke(*(name if word == folder / "n.jsonl" else word for word in words))
+        assert (
+            result.exit_code == 1 and f"control ({name}): found the same 15 samples; expected samples of two" in result.stderr
+        )
+
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for out in (tmp_path / "file", tmp_path / "file" / "in it"):
+        result = invoke(*asked(folder, out))
+        assert result.exit_code == 1 and f"--out {out}: found a file at {tmp_path / 'file'}; expected a folder" in result.stderr
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine" and not (tmp_path / "out").exists()
 
 
 def test_a_study_of_tasks_that_share_samples_is_refused(folder: Path) -> None:

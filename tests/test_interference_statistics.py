@@ -628,10 +628,10 @@ def test_too_few_samples_or_permutations() -> None:
 )
 def test_what_cannot_be_found_is_known_from_numbers_of_samples(sizes: Any, options: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        require_reach(*sizes, **options)
-    require_reach(5, 5, 5)
-    require_reach(9, 9, 9, n_permutations=19)
-    require_reach(20, 20, 20, alpha=1e-6)
+        require_reach(sizes, **options)
+    require_reach((5, 5, 5))
+    require_reach((9, 9, 9), n_permutations=19)
+    require_reach((20, 20, 20), alpha=1e-5)
 
 
 def test_samples_in_common_are_counted_in_any_order() -> None:

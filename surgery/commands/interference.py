@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from surgery.commands.data import Layers, layers_of
-from surgery.commands.lines import batches_of, read_lines, require_known
+from surgery.commands.lines import as_tokens, batches_of, read_lines, require_fitting
 from surgery.commands.report import write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, messages, say, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, messages, say, warn, write_json
 
 Task = Annotated[Path, typer.Option(exists=True, dir_okay=False, help='JSON lines: {"text": ...} or {"input_ids": ...}.')]
 SHOWN = 20
@@ -69,23 +69,30 @@ def interference(
         raise typer.BadParameter(f"{alpha} is not between 0 and 1.", param_hint="--alpha")
     with messages(debug):
         from surgery.analysis.interference import collect, conflict_test, heatmap, overlap_test
-        from surgery.analysis.interference.checks import FEWEST
+        from surgery.analysis.interference.checks import FEWEST, shared_samples
+        from surgery.analysis.interference.study import require_reach
+        from surgery.errors import SurgeryError, listing
         from surgery.plots import save
         from surgery.pretrained import load_any, tokenizer_of
 
+        _require_folder(out)
         files = {"A": task_a, "B": task_b, "control": control}
         samples = {name: read_lines(file, FEWEST) for name, file in files.items()}
+        require_reach([len(some) for some in samples.values()], permutations, alpha)
         tokenizer, missing = tokenizer_of(model, trust_remote_code=trust_remote_code)
-        given = {name: batches_of(some, tokenizer, missing, batch, length) for name, some in samples.items()}
+        samples = {name: as_tokens(some, tokenizer, missing, length) for name, some in samples.items()}
+        contents = {f"{name} ({files[name]})": [one.content for one in some] for name, some in samples.items()}
+        if problems := shared_samples(contents):
+            raise SurgeryError(listing("interference", problems))
         place = device_of(device)
         loaded = load_any(model, trust_remote_code=trust_remote_code).to(place)
-        for name, file in files.items():
-            require_known(file, given[name], loaded)
+        for some in samples.values():
+            require_fitting(some, loaded)
         is_shown = sys.stderr.isatty()
         a, b, n = (
             collect(
                 loaded,
-                batches,
+                batches_of(some, batch),
                 task=f"{name}: {files[name].stem}",
                 layers=layers_of(layers),
                 biases=biases,
@@ -93,7 +100,7 @@ def interference(
                 resume=out / "gradients" / name if resume else None,
                 progress=is_shown,
             )
-            for name, batches in given.items()
+            for name, some in samples.items()
         )
         formed: dict[str, Any] = {"device": place, "progress": is_shown}
         options = {"n_permutations": permutations, "alpha": alpha, "seed": seed, **formed}
@@ -103,7 +110,9 @@ def interference(
             conflict = conflict_test(a, b, **options)
         measured = heatmap(a, b, [a, b, n], kernel.value, rho=rho, **formed)
         signed = heatmap(a, b, kernel="signed", **formed)
-        notes = [*(str(one.message) for one in caught), *overlap.notes, *conflict.notes]
+        warned, notes = [str(one.message) for one in caught], [*overlap.notes, *conflict.notes]
+        for text in warned:
+            warn(text)
 
         out.mkdir(parents=True, exist_ok=True)
         table = _table(measured, signed, overlap, conflict)
@@ -123,18 +132,41 @@ def interference(
             shared_out.to_frame().to_csv(out / "query-heads.csv", index=False)
             save(shared_out.picture(title=f"{title}, K and V by query head"), out / "query-heads")
             pictures.append("query-heads")
+        else:  # of an earlier run: they would stand beside a report of other samples
+            for suffix in (".csv", ".png", ".pdf"):
+                (out / f"query-heads{suffix}").unlink(missing_ok=True)
         tasks = [
             f"* {name}: `{files[name]}`, {len(one)} samples, loss {one.losses.mean():.4g} nats per token"
             for name, one in zip(files, (a, b, n), strict=True)
         ]
-        _report(out, f"{title} in {Path(model).name}", tasks, kernel.value, rho, overlap, conflict, table, top, notes, pictures)
+        write_report(
+            out,
+            f"{title} in {Path(model).name}",
+            [*tasks, f"* overlap: {overlap.title}", f"* conflict: {conflict.title}"],
+            [f"* warning: {text}" for text in warned],
+            _found("Overlap", overlap, top),
+            _found("Conflict", conflict, _largest(table, conflict, "conflict")),
+            [f"* {note}" for note in notes],
+            "\n\n".join(f"![{name}]({name}.png)" for name in pictures).splitlines(),
+            _columns(kernel.value, rho, biases, alpha),
+            _files(query_heads),
+        )
         if as_json:
-            found = {"overlap": overlap.title, "conflict": conflict.title}
-            write_json({"out": str(out), "kernel": kernel.value, **found, "notes": notes, "rows": table.to_dict("records")})
+            titles = {"overlap": overlap.title, "conflict": conflict.title, "notes": [*warned, *notes]}
+            write_json({"out": str(out), "kernel": kernel.value, **titles, "rows": table.to_dict("records")})
             return
         say(overlap)
         say(f"Opposed: {conflict}")
         say(f"Tables, pictures and report: {out}")
+
+
+def _require_folder(out: Path) -> None:
+    """Raises SurgeryError if there is something else where a folder is to be made."""
+    from surgery.errors import SurgeryError, describe
+
+    known = next((path for path in (out, *out.parents) if path.exists()), None)
+    if known is not None and not known.is_dir():
+        raise SurgeryError(describe(f"--out {out}", f"a file at {known}", "a folder, or nothing yet", "Name another folder."))
 
 
 def _table(measured: Any, signed: Any, overlap: Any, conflict: Any) -> Any:
@@ -152,38 +184,42 @@ def _largest(table: Any, tested: Any, column: str) -> Any:
     return table.loc[found.index].sort_values(column, ascending=False, kind="stable").head(SHOWN)
 
 
-def _report(
-    out: Path,
-    title: str,
-    tasks: list[str],
-    kernel: str,
-    rho: float,
-    overlap: Any,
-    conflict: Any,
-    table: Any,
-    top: Any,
-    notes: list[str],
-    pictures: list[str],
-) -> None:
-    """What was read, both tests' findings, and how far they can be trusted."""
-    text = [
-        *tasks,
-        f"* mean: the kernel {kernel!r} over all pairs of samples, with the Fisher reference of all three tasks (ρ = {rho:g})",
+def _found(what: str, tested: Any, rows: Any) -> list[str]:
+    """A test's table, for the report."""
+    heading = f"## {what}: {'found, the largest first' if len(tested.significant()) else 'nothing is found; the surest'}"
+    return [heading, "", *tested.to_markdown(rows, list(rows.columns)).splitlines()]
+
+
+def _columns(kernel: str, rho: float, biases: bool, alpha: float) -> list[str]:
+    """What the tables say, and how far to trust them."""
+    return [
+        "## Columns",
+        "",
+        "* address, block, head: a head's part of Q, K, V or O. Of K and V, head is a kv head, which several query heads may "
+        f"share. Biases of Q, K and V are {'' if biases else 'not '}counted.",
+        f"* mean: the kernel {kernel!r} over all pairs of samples, with the Fisher reference of all three tasks (ρ = {rho:g}). "
+        "It is of gradients as they are, so that large ones weigh more; both tests are of gradients of length one.",
         "* g_row, g_col: how much more A's samples are disturbed by B than the control's, and B's samples disturb A than the "
-        "control's do (Hedges' g of log scores, of gradients of length one)",
-        "* conflict: part of −cos of the whole gradients, positive where a step on B raises A's loss",
-        f"* overlap: {overlap.title}",
-        f"* conflict: {conflict.title}",
+        "control's do: Hedges' g, a difference of means of log scores over their standard deviation.",
+        f"* p_fdr: of overlap; of all rows with p_fdr ≤ {alpha:g}, at most {100 * alpha:g} % are expected to be false "
+        f"(Benjamini and Hochberg). p_maxt: stricter; that of the rows with p_maxt ≤ {alpha:g} a single one is false has "
+        "at most that probability.",
+        "* conflict: part of −cos of the whole gradients, positive where a step on B raises A's loss. conflict_p_fdr: p_fdr of "
+        "the test of conflict.",
+        "",
+        "The test of overlap compares a head with the others of the same sample, so that a difference in loss alone is "
+        "not found. It finds shares, not sizes: a head that does next to nothing may be found too, and its mean says so. A "
+        "conflict that is found may be as small.",
     ]
-    opposed = _largest(table, conflict, "conflict")
-    parts = []
-    for tested, rows, what in ((overlap, top, "Overlap"), (conflict, opposed, "Conflict")):
-        is_found = len(tested.significant()) > 0
-        heading = f"## {what}: {'found, the largest first' if is_found else 'nothing is found; the surest'}"
-        parts.append([heading, "", *tested.to_markdown(rows, list(rows.columns)).splitlines()])
-    trust = [
-        "The test of overlap compares a head with the others of the same sample, so that a difference in loss alone is not "
-        "found. It finds shares, not sizes: a head that does next to nothing may be found too, and its mean says so."
+
+
+def _files(query_heads: bool) -> list[str]:
+    """What lies beside the report."""
+    return [
+        "## Files",
+        "",
+        "* interference.csv: these columns of all heads. tested.csv, conflict.csv: all that the tests of overlap and of "
+        "conflict say: effects and p by rows (A's samples) and by columns (B's).",
+        "* top.csv, top.tex: the table of overlap above.",
+        *(["* query-heads.csv: mean, with K and V shared out among the query heads that share them."] if query_heads else []),
     ]
-    shown = [line for name in pictures for line in (f"![{name}]({name}.png)", "")]
-    write_report(out, title, text, trust, shown, *parts, [f"* {note}" for note in notes])

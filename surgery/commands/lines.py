@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,17 @@ class Sample:
     ids: tuple[int, ...] = ()
     labels: tuple[int, ...] | None = None
 
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What tells it from others."""
+        return self.ids, self.labels
+
 
 def read_lines(path: Path, least: int) -> list[Sample]:
     """All samples of a file; empty lines are left out. Raises SurgeryError, by line, for what is none, and for too few."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # by line feeds alone: splitlines also splits at characters that JSON may have in a string
+    for number, line in enumerate(path.read_bytes().decode("utf-8").split("\n"), 1):
         if line.strip():
             found.append(_sample(f"{path}, line {number}", line))
     if len(found) < least:
@@ -36,15 +43,13 @@ def read_lines(path: Path, least: int) -> list[Sample]:
     return found
 
 
-def batches_of(samples: list[Sample], tokenizer: Any, missing: str, size: int, most: int | None = None) -> list[dict[str, Any]]:
-    """Inputs of a model in batches of at most so many samples of one length, so that nothing is padded.
+def as_tokens(samples: Sequence[Sample], tokenizer: Any, missing: str, most: int | None = None) -> list[Sample]:
+    """The same with texts as numbers of tokens.
 
     missing: why there is no tokenizer, if there is none. most: tokens of a sample that are read. Raises SurgeryError for a text
     without a tokenizer, and for a sample of which no token counts.
     """
-    import torch
-
-    groups: dict[tuple[int, bool], list[tuple[tuple[int, ...], tuple[int, ...] | None]]] = {}
+    found = []
     for sample in samples:
         ids, labels = sample.ids, sample.labels
         if sample.text is not None:
@@ -53,26 +58,65 @@ def batches_of(samples: list[Sample], tokenizer: Any, missing: str, size: int, m
                 raise SurgeryError(describe(sample.where, f"a text and no tokenizer ({missing})", "one beside the model", do))
             ids = tuple(tokenizer(sample.text, verbose=False)["input_ids"])
         ids, labels = ids[:most], None if labels is None else labels[:most]
-        if len(ids) < 2 or (labels is not None and set(labels) == {IGNORED}):
-            what = f"{len(ids)} tokens" if labels is None or len(ids) < 2 else f"labels of {IGNORED} alone"
+        if len(ids) < 2 or not _counts(labels):
+            what = f"{len(ids)} tokens" if len(ids) < 2 else f"labels of {IGNORED} alone, or none"
             do = "Leave it out, or let --length read more of it."
             raise SurgeryError(describe(sample.where, what, "two tokens or more, and one to predict", do))
-        groups.setdefault((len(ids), labels is None), []).append((ids, labels))
-    found = []
-    for (_, is_whole), rows in groups.items():
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            batch = {"input_ids": torch.tensor([ids for ids, _ in part])}
-            found.append(batch if is_whole else {**batch, "labels": torch.tensor([labels for _, labels in part])})
+        found.append(replace(sample, text=None, ids=ids, labels=labels))
     return found
 
 
-def require_known(path: Path, batches: list[dict[str, Any]], model: Any) -> None:
-    """Raises SurgeryError for tokens of a file that a model does not know, by the file's name."""
-    from surgery import vocabulary
+def batches_of(samples: Sequence[Sample], size: int) -> list[dict[str, Any]]:
+    """Inputs of a model in batches of at most so many samples with as many tokens and labels, so that nothing is padded."""
+    import torch
 
-    for batch in batches:
-        vocabulary.require_known(str(path), batch["input_ids"], model)
+    groups: dict[tuple[int, int | None], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((len(sample.ids), None if sample.labels is None else len(sample.labels)), []).append(sample)
+    found = []
+    for (_, labelled), rows in groups.items():
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            batch = {"input_ids": torch.tensor([sample.ids for sample in part])}
+            found.append(batch if labelled is None else {**batch, "labels": torch.tensor([sample.labels for sample in part])})
+    return found
+
+
+def require_fitting(samples: Sequence[Sample], model: Any) -> None:
+    """Raises SurgeryError, by line, for tokens and labels that a model does not know, and for labels that it cannot predict."""
+    from surgery.analysis.metrics import predicts_the_next
+    from surgery.vocabulary import vocabulary_of
+
+    tokens, is_next = vocabulary_of(model), predicts_the_next(model)
+    targets = _targets_of(model) or tokens
+    for sample in samples:
+        for what, numbers, known in (("token", sample.ids, tokens), ("label", sample.labels, targets)):
+            if numbers and known is not None and max(numbers) >= known:
+                expected = f"numbers below the model's {known} tokens"
+                do = "Take the tokenizer of this model."
+                raise SurgeryError(describe(sample.where, f"{what} {max(numbers)}", expected, do))
+        if sample.labels is None or not is_next:
+            continue
+        if len(sample.labels) != len(sample.ids):
+            found, expected = f"{len(sample.labels)} labels of {len(sample.ids)} tokens", "a label for each token"
+            do = f"Give {IGNORED} where a token does not count; a {type(model).__name__} predicts the tokens that it reads."
+            raise SurgeryError(describe(sample.where, found, expected, do))
+        if not _counts(sample.labels[1:]):
+            found, expected = "the first label alone", "a label that counts behind the first token"
+            do = f"Leave it out: a {type(model).__name__} predicts each token from those before it."
+            raise SurgeryError(describe(sample.where, found, expected, do))
+
+
+def _targets_of(model: Any) -> int | None:
+    """How many tokens a model predicts, which need not be as many as it reads; None where transformers does not say."""
+    try:
+        return getattr(model.get_output_embeddings(), "out_features", None)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _counts(labels: Sequence[int] | None) -> bool:
+    return labels is None or any(label != IGNORED for label in labels)
 
 
 def _sample(where: str, line: str) -> Sample:
@@ -85,13 +129,20 @@ def _sample(where: str, line: str) -> Sample:
         return Sample(where, text=given["text"])
     if isinstance(given, dict) and "input_ids" in given and set(given) <= {"input_ids", "labels"}:
         ids, labels = given["input_ids"], given.get("labels")
-        if _are_numbers(ids, 0) and (labels is None or (_are_numbers(labels, IGNORED) and len(labels) == len(ids))):
-            return Sample(where, ids=tuple(ids), labels=None if labels is None else tuple(labels))
-        found = "input_ids or labels that are no lists of whole numbers, or not of one length"
-        raise SurgeryError(describe(where, found, FORMS, "Give as many labels as input_ids."))
+        if not _are_numbers(ids):
+            found = "input_ids that are no list of whole numbers from 0 on"
+            raise SurgeryError(describe(where, found, FORMS, "Give the numbers of its tokens."))
+        if labels is not None and not (isinstance(labels, list) and _are_numbers([one for one in labels if not _ignored(one)])):
+            found = f"labels that are no list of tokens' numbers and {IGNORED}"
+            raise SurgeryError(describe(where, found, FORMS, f"Give {IGNORED} where a token does not count."))
+        return Sample(where, ids=tuple(ids), labels=None if labels is None else tuple(labels))
     found = f"the keys {', '.join(map(repr, given))}" if isinstance(given, dict) else f"a {type(given).__name__}"
     raise SurgeryError(describe(where, found, FORMS, "Leave other keys out."))
 
 
-def _are_numbers(given: Any, least: int) -> bool:
-    return isinstance(given, list) and all(isinstance(one, int) and not isinstance(one, bool) and one >= least for one in given)
+def _ignored(label: Any) -> bool:
+    return isinstance(label, int) and label == IGNORED
+
+
+def _are_numbers(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in given)

@@ -97,6 +97,11 @@ def write_json(data: object) -> None:
     typer.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
 
 
+def warn(text: object) -> None:
+    """To stderr, as it is."""
+    Console(stderr=True).print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
 def _finite(data: Any) -> Any:
     if isinstance(data, dict):
         return {name: _finite(value) for name, value in data.items()}

@@ -104,10 +104,10 @@ def conflict_test(
     )
 
 
-def require_reach(a: int, b: int, control: int, n_permutations: int | None = None, alpha: float = 0.05) -> None:
-    """Raises SpecError if with so many samples of each task not even the smallest p of both tests can reach alpha."""
+def require_reach(sizes: Sequence[int], n_permutations: int | None = None, alpha: float = 0.05) -> None:
+    """Raises SpecError if with so many samples of A, B and the control the smallest p of a test cannot reach alpha."""
     most = enough(1, alpha) if n_permutations is None else n_permutations
-    tests = {"overlap_test": _labelings([a, b, control], most), "conflict_test": _flips([a, b], most)}
+    tests = {"overlap_test": _labelings(sizes, most), "conflict_test": _flips(sizes[:2], most)}
     if problems := [listing(name, wrong) for name, draws in tests.items() if (wrong := out_of_reach(name, draws, alpha))]:
         raise SpecError("\n".join(problems))
 
