@@ -49,7 +49,10 @@ def test_blocks_stand_side_by_side_on_one_scale(layers: int, heads: int, kv_head
     for axes, (_, rows) in zip(own, frame.groupby("block", sort=False), strict=True):
         assert (cells(axes) == rows.value.to_numpy().reshape(layers, -1)).all()
         assert marks(axes) == {(int(row.address[5:]), row.head) for row in rows[rows.found].itertuples()}
-    assert not any(marks(axes) for axes in panels(block_maps({"interference": frame.drop(columns="found")})))
+    unmarked = block_maps({"interference": frame.assign(found=False)}, title="Which heads", subtitle="marked: found")
+    assert sayings(unmarked) == "Which heads" and not any(map(marks, panels(unmarked))), "nothing is said of no marks"
+    plain = block_maps({"interference": frame.drop(columns="found")}, subtitle="of 8 samples")
+    assert sayings(plain) == "of 8 samples" and not any(map(marks, panels(plain)))
 
 
 def test_a_head_that_a_layer_lacks_is_grey_and_others_stay_where_they_are() -> None:
@@ -66,6 +69,7 @@ def test_two_measures_are_rows_with_scales_of_their_own_and_others_are_refused()
     assert [axes.get_title() for axes in own] == list("QKVO") * 2 and problems(figure) == []
     limits = [axes.images[0].get_clim() for axes in own]
     assert len(set(limits[:4])) == len(set(limits[4:])) == 1 and limits[0][0] == 0 and limits[4][0] == -limits[4][1]
+    assert sayings(figure) == "overlap | conflict", "each row has its measure above it"
     with pytest.raises(ValueError, match="frames of other heads"):
         block_maps({"overlap": first, "conflict": frame_of(2, 4, 4)})
     with pytest.raises(ValueError, match="no rows"):

@@ -21,6 +21,7 @@ def block_maps(frames: Mapping[str, Any], *, title: str = "", subtitle: str = ""
     frames: what is shown, with its unit, to a frame of address, block, head, value and, if cells are to be marked, found
     (true or false). Blocks and layers are in the frame's order. Blocks may have fewer heads than others (kv heads), and so may
     layers: a head that a layer lacks is left grey, as NaN is. Colours are white at 0, and run both ways if values do.
+    subtitle: what marks say; left out where cells may be marked and none is.
     """
     if not frames or any(not len(frame) for frame in frames.values()):
         raise ValueError("block_maps: found no rows; expected address, block, head and value of some. Pass a frame of them.")
@@ -32,11 +33,17 @@ def block_maps(frames: Mapping[str, Any], *, title: str = "", subtitle: str = ""
     widths = [width * min(1.0, 15.0 / sum(widths)) for width in widths]
     height = min(max(0.36 * len(layers), 1.6), 9.0)
     names = 0.08 * max(len(short(layer)) for layer in layers)
-    whole = (height + 1.0) * len(frames) + 0.35 * (bool(title) + bool(subtitle))
+    found = [frame["found"] for frame in frames.values() if "found" in frame]
+    if found and not any(marks.any() for marks in found):
+        subtitle = ""
+    named = 0.3 * (len(frames) > 1)
+    whole = (height + 1.0 + named) * len(frames) + 0.35 * (bool(title) + bool(subtitle))
     figure = new_figure(sum(widths) + 0.25 * len(heads) + names + 1.9, whole, title)
     part = new_part(figure, subtitle)
     rows: Any = [part] if len(frames) == 1 else part.subfigures(len(frames), 1)
     for row, (unit, frame) in zip(rows, frames.items(), strict=True):
+        if named:
+            row.suptitle(unit, fontsize=11, x=0.02, ha="left", parse_math=False)
         _row(row, frame, unit, layers, heads, widths, height)
     return figure
 
