@@ -202,8 +202,8 @@ def _columns(kernel: str, rho: float, biases: bool, alpha: float) -> list[str]:
         "* g_row, g_col: how much more A's samples are disturbed by B than the control's, and B's samples disturb A than the "
         "control's do: Hedges' g, a difference of means of log scores over their standard deviation.",
         f"* p_fdr: of overlap; of all rows with p_fdr ≤ {alpha:g}, at most {100 * alpha:g} % are expected to be false "
-        f"(Benjamini and Hochberg). p_maxt: stricter; that of the rows with p_maxt ≤ {alpha:g} a single one is false has "
-        "at most that probability.",
+        f"(Benjamini and Hochberg). p_maxt: that of the rows with p_maxt ≤ {alpha:g} even one is false has at most "
+        "that probability.",
         "* conflict: part of −cos of the whole gradients, positive where a step on B raises A's loss. conflict_p_fdr: p_fdr of "
         "the test of conflict.",
         "",
