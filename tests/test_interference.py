@@ -29,7 +29,8 @@ from surgery.analysis.interference.gradients import Gradients
 from surgery.analysis.interference.kernels import KERNELS
 from surgery.analysis.interference.maps import Interference, heatmap
 from surgery.analysis.interference.scores import sample_scores
-from surgery.analysis.interference.statistics import Scores, permutation_test, sign_flip_test
+from surgery.analysis.interference.signed import sign_flip_test
+from surgery.analysis.interference.statistics import Scores, permutation_test
 from surgery.analysis.interference.study import conflict_test, overlap_test
 from surgery.analysis.metrics import Measured, loss
 from surgery.demo import load_model

@@ -59,6 +59,11 @@ class Gradients:
         formed = weight_gradient((wide[sample : sample + 1], narrow[sample : sample + 1]), found, head)[0]
         return formed.mT if block == "O" else formed
 
+    @property
+    def samples(self) -> list[str]:
+        """A hash of each sample's inputs."""
+        return [sample for part in self.parts for sample in part.about["rows"]]
+
     def norms(self) -> Tensor:
         """(sample,) float64: the L2 norm over all blocks."""
         return torch.stack([self.squared_norms(key) for key in self.blocks]).sum(0).sqrt()

@@ -33,7 +33,6 @@ from surgery.analysis.interference.checks import (
     wrong_options,
 )
 from surgery.analysis.interference.randomised import enough, labelings, products, tails
-from surgery.analysis.interference.signed import sign_flip_test as sign_flip_test
 from surgery.analysis.interference.sizes import two_sample
 from surgery.analysis.interference.tested import Tested, as_tested
 from surgery.analysis.statistics import corrected

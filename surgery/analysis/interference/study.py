@@ -139,16 +139,7 @@ def _wrong_tasks(tasks: dict[str, Any]) -> list[str]:
         elif len(task) < FEWEST:
             do = "Collect more; about 20 make a test that finds something."
             problems.append(describe(name, f"{len(task)} samples", f"at least {FEWEST}", do))
-    return problems + shared_samples({name: _samples(task) for name, task in tasks.items() if isinstance(task, Gradients)})
-
-
-def _samples(task: Gradients) -> list[str]:
-    """What tells each sample from others: a digest of its row; where batches alone have one, that and the row's number."""
-    found: list[str] = []
-    for part in task.parts:
-        of_batch = [f"{part.about['data']} {number}" for number in range(len(part.about["losses"]))]
-        found += part.about.get("rows", of_batch)
-    return found
+    return problems + shared_samples({name: task.samples for name, task in tasks.items() if isinstance(task, Gradients)})
 
 
 def _check(
