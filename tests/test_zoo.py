@@ -84,8 +84,8 @@ def _swap_with(change: Callable[[Any], None]) -> Callable[[pytest.MonkeyPatch], 
     def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
         own = patch.swap
 
-        def swap(model: Any, attention: Any, plan: Any, session: Session) -> None:
-            own(model, attention, plan, session)
+        def swap(model: Any, attention: Any, plan: Any, session: Session, share: Any) -> None:
+            own(model, attention, plan, session, share)
             change(attention.module)
 
         monkeypatch.setattr(patch, "swap", swap)
