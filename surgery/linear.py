@@ -30,7 +30,7 @@ def linear_of(module: nn.Module, path: str) -> LinearMap:
     Linear stores (d_out, d_in), Conv1D (d_in, d_out); it is (d_in, d_out) here. Both are the parameters or views of them,
     and computed from the parameters where an adapter adds to them, so gradients flow. Active adapters are included, as
     without dropout; a quantised weight is dequantised, to what it multiplies with in evaluation mode. An offloaded weight is
-    loaded; it is a copy.
+    loaded; it is a copy. One that is split over processes is gathered, so that all of them must ask.
     Raises UnsupportedArchitectureError if the module is no linear map, SurgeryError if its weights are on the meta device.
     """
     with at_hand(module):
@@ -43,6 +43,9 @@ def linear_of(module: nn.Module, path: str) -> LinearMap:
                     "Load the model fully, on a CPU if need be.",
                 )
             )
+        if isinstance(module, nn.Linear) and hasattr(module.weight, "full_tensor"):  # torch's DTensor
+            bias: Any = module.bias
+            return module.weight.full_tensor().mT, bias.full_tensor() if hasattr(bias, "full_tensor") else bias
         if type(module).forward in (nn.Linear.forward, Conv1D.forward) and runs_own_forward(module):
             stored = _stored(module) if has_numbers(module.weight) else None
             if stored is not None:

@@ -24,13 +24,17 @@ from surgery import (
     Freeze,
     PatchError,
     Spec,
+    UnsupportedArchitectureError,
     capture,
     collect_reference,
     find_anatomy,
     patch_model,
     patched,
     unpatch_model,
+    weights,
 )
+from surgery.analysis import ablation_study
+from surgery.analysis.interference import collect
 
 IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(1))
 SITES = ("q", "k", "rot_q", "rot_k", "v", "scores", "pattern", "z")
@@ -114,6 +118,15 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
             found["result of head 3"] = gap(split(IDS).logits, whole(IDS).logits)
     except PatchError as error:
         found["result"] = str(error)
+    try:
+        collect(split, IDS, progress=False)
+    except UnsupportedArchitectureError as error:
+        found["interference"] = str(error)
+    for what in ("W_Q", "W_K", "W_V", "W_O"):
+        own, expected_weight = (getattr(weights.head_weights(model, 1), what) for model in (split, whole))
+        found[f"{what} of layer 1"] = gap(own, expected_weight)
+    effects = [ablation_study(model, IDS, progress=False).frame for model in (split, whole)]
+    found["ablation study"] = gap(*(torch.from_numpy(frame["effect"].to_numpy()) for frame in effects))
     found["print"] = str(patch_model(split, Freeze("ov", [0], [2])))
     unpatch_model(split)
     found["undone"] = classes == [type(module) for module in split.modules()]

@@ -58,5 +58,6 @@ def test_what_processes_would_have_to_add_up_is_refused(found: list[dict[str, An
             continue
         assert "found a cut or capture of 'result', which is added up over processes" in cases["result"]
         assert "2 problems" in cases["result"]
+        assert "self.0, self.1, whose heads are split over processes" in cases["interference"]
         own = f"(of heads {2 * rank} to {2 * rank + 1} in this process)"
         assert ("z zero (heads 2)" in cases["print"]) == (rank == 1) and own in cases["print"]

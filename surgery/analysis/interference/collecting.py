@@ -23,6 +23,7 @@ from surgery.analysis.metrics import loss as next_token_loss
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe, listing
 from surgery.evaluation import keeping_state, uncached
 from surgery.patch import anatomy_of, cuts_of, patched
+from surgery.shares import share_of
 
 
 def collect(
@@ -58,7 +59,12 @@ def collect(
     _refuse(model)
     anatomy = anatomy_of(model)
     chosen = (layers,) if isinstance(layers, int) or (isinstance(layers, str) and layers != "all") else layers
-    blocks, missing = blocks_of(anatomy.select(chosen, "collect"))
+    attentions = anatomy.select(chosen, "collect")
+    blocks, missing = blocks_of(attentions)
+    if split := [attention.address for attention in attentions if share_of(model, attention) is not None]:
+        found = f"{', '.join(split[:4])}, whose heads are split over processes"
+        do = "Load it without tensor parallelism for this."
+        raise UnsupportedArchitectureError(describe("collect", found, "heads that are all in one process", do))
     if missing:
         raise UnsupportedArchitectureError(listing("collect", missing))
     spec, kernel = cuts_of(model)
