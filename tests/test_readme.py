@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from family_table import TABLES
@@ -32,6 +33,12 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert qk > intact + 1 and ov > intact + 1, "the head that the page cuts is the one that matters"
     shown = re.findall(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert shown and all(text in printed for text in shown), "what the page shows is what its examples print"
+    tested, signed, copying = (cast(Any, namespace[name]) for name in ("tested", "signed", "copying"))
+    count = int((tested.frame.p_fdr <= 0.05).sum())
+    stated = [f"Of {len(tested.frame)} blocks of heads, {count} are found at a false discovery rate of 5 %"]
+    stated += [f"(−cos {float(frame['mean'].sum()):.2f})".replace("-", "−") for frame in (signed, copying)]
+    page = " ".join(README.read_text(encoding="utf-8").split())
+    assert not [text for text in stated if text not in page]
 
 
 @pytest.mark.parametrize("name", TABLES)
