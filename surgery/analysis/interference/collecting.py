@@ -22,6 +22,7 @@ from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.metrics import loss as next_token_loss
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe, listing
 from surgery.evaluation import keeping_state, uncached
+from surgery.fields import listed
 from surgery.patch import anatomy_of, cuts_of, patched
 from surgery.shares import share_of
 
@@ -58,8 +59,7 @@ def collect(
     metric, given = as_metric(loss or next_token_loss()), batches(model, data)
     _refuse(model)
     anatomy = anatomy_of(model)
-    chosen = (layers,) if isinstance(layers, int) or (isinstance(layers, str) and layers != "all") else layers
-    attentions = anatomy.select(chosen, "collect")
+    attentions = anatomy.select(layers if isinstance(layers, str) and layers == "all" else listed(layers), "collect")
     blocks, missing = blocks_of(attentions)
     if split := [attention.address for attention in attentions if share_of(model, attention) is not None]:
         found = f"{', '.join(split[:4])}, whose heads are split over processes"
@@ -72,10 +72,11 @@ def collect(
     about |= {"cuts": spec.fingerprint(), "loss": loss_of(metric), "biases": biases}
     is_split = query_heads and any(block.group > 1 for block in blocks)
     content = {"task": task, "about": about, "blocks": [block.key for block in blocks], "query_heads": is_split}
+    contents = [data_of(batch) for batch in given]
     folder, done = None, {}
     if resume is not None:
         folder = Folder(resume)
-        done = folder.claim(content, [data_of(batch) for batch in given])
+        done = folder.claim(content, contents)
     parts: list[Part] = []
     is_checked = False
     with (
@@ -83,11 +84,11 @@ def collect(
         patched(model, spec, kernel=kernel),
         tqdm(total=len(given), desc=f"gradients of {task}", disable=not progress) as bar,
     ):
-        for number, batch in enumerate(given):
+        for number, (batch, data_hash) in enumerate(zip(given, contents, strict=True)):
             part = done.get(number)
             if part is None:
                 checks = not is_checked and rows_of(batch) > 1
-                part = _collected(model, batch, blocks, metric, biases=biases, query_heads=is_split, checks=checks)
+                part = _collected(model, batch, data_hash, blocks, metric, biases=biases, query_heads=is_split, checks=checks)
                 is_checked = is_checked or checks
                 if folder is not None:
                     part.write(folder.file(number))
@@ -97,7 +98,7 @@ def collect(
     return Gradients(task, blocks, parts, about)
 
 
-def _collected(model: Any, batch: Batch, blocks: Sequence[Block], metric: Metric, **options: bool) -> Part:
+def _collected(model: Any, batch: Batch, data_hash: str, blocks: Sequence[Block], metric: Metric, **options: bool) -> Part:
     rows = rows_of(batch)
     found, losses = factors(model, blocks, rows, _losses(model, batch, metric, rows), **options)
     by_block = {block.key: squared_norms(found[block.key]) for block in blocks}
@@ -111,7 +112,7 @@ def _collected(model: Any, batch: Batch, blocks: Sequence[Block], metric: Metric
             where = f"collect: samples {', '.join(map(str, wrong))} of a batch of {rows}"
             raise SpecError(describe(where, what, "a finite loss and a gradient in each", do))
     kept = {key: squares.tolist() for key, squares in by_block.items()}
-    about = {"losses": losses.double().tolist(), "data": data_of(batch), "rows": samples_of(batch), "squared_norms": kept}
+    about = {"losses": losses.double().tolist(), "data": data_hash, "rows": samples_of(batch), "squared_norms": kept}
     return Part.of(found, about)
 
 

@@ -62,9 +62,12 @@ class Fisher:
         self.count += len(gradients)
         return self
 
-    def __contains__(self, key: object) -> bool:
-        """Whether it has a block."""
-        return key in self._sums
+    def require(self, keys: Iterable[str]) -> None:
+        """Raises SpecError for blocks that no sample had."""
+        if missing := [key for key in keys if key not in self._sums]:
+            found = f"no samples of {', '.join(missing[:4])}" if self.count else "no samples yet"
+            do = "Update it with gradients of these layers."
+            raise SpecError(describe("Fisher", found, "a reference for every block", do))
 
     def part(self, key: str, head: int, start: int, stop: int) -> Tensor:
         """(wide, channel) of a head, a stretch of its wide side. Raises SpecError for what no sample had."""
@@ -93,11 +96,7 @@ class Fisher:
         return float(self.count) if self.beta is None else 1 - self.beta**self.count
 
     def _sum(self, key: str) -> Tensor:
-        if key not in self._sums:
-            found = f"no samples of {key}" if self.count else "no samples yet"
-            raise SpecError(
-                describe("Fisher", found, "a reference for every block", "Update it with gradients of these layers.")
-            )
+        self.require([key])
         return self._sums[key]
 
     def __repr__(self) -> str:

@@ -98,7 +98,7 @@ class Walk:
     @property
     def hypotheses(self) -> list[tuple[str, str, int]]:
         """(address, block, head), in the order of the walk."""
-        return [(block.address, block.name, head) for block in self.blocks for head in range(self._heads(block))]
+        return [(block.address, block.name, head) for block in self.blocks for head in range(block.heads * self._group(block))]
 
     def __iter__(self) -> Iterator[Stretch]:
         with tqdm(total=len(self.hypotheses), desc="interference", unit="head", disable=not self.progress) as bar:
@@ -109,6 +109,7 @@ class Walk:
                 wide = next(iter(factors.values()))[0][0].shape[-1]
                 more = self.rho * self._mean(block, wide) / unit**2
                 together, step = self._sizes(block, wide)
+                group = self._group(block)
                 size = together * step * block.narrow
                 buffers = {id(task): torch.empty(len(task) * size, device=self.device) for task in self.every}
                 spare = torch.empty(len(through) and len(self.tasks[-1]) * step * block.narrow, device=self.device)
@@ -121,19 +122,15 @@ class Walk:
                             of_head = {key: found[head - first] for key, found in formed.items()}
                             gradients = [of_head[id(task)] for task in self.tasks]
                             fisher = self._reference(block, head, rows, of_head, more, unit)
-                            for number in self._numbers(block, head):
+                            for number in range(head * group, (head + 1) * group):
                                 one = range(number, number + 1)
                                 part = _formed(through, one, rows, block, spare)[0] if through else gradients[-1]
                                 yield Stretch(block, number, gradients, fisher, part, unit)
-                    bar.update(len(heads) * len(self._numbers(block, 0)))
+                    bar.update(len(heads) * group)
 
-    def _heads(self, block: Block) -> int:
-        return block.heads if self.split is None else block.heads * block.group
-
-    def _numbers(self, block: Block, head: int) -> range:
-        """Of the hypotheses of a block's head: its query heads, or itself."""
-        group = 1 if self.split is None else block.group
-        return range(head * group, (head + 1) * group)
+    def _group(self, block: Block) -> int:
+        """Hypotheses of a head: the query heads that read it, or itself."""
+        return 1 if self.split is None else block.group
 
     def _unit(self, block: Block) -> float:
         """A power of two near the size of what a channel of a block has as its gradient."""
@@ -198,9 +195,7 @@ def _device(name: Any) -> torch.device:
 
 def _require_fit(fisher: Fisher, blocks: Sequence[Block], is_unit: bool) -> None:
     """Raises SpecError for a reference without some of the blocks, and for one of gradients of another length."""
-    if missing := [block.key for block in blocks if block.key not in fisher]:
-        found = f"no samples of {', '.join(missing[:4])}" if fisher.count else "no samples yet"
-        raise SpecError(describe("Fisher", found, "a reference for every block", "Update it with gradients of these layers."))
+    fisher.require([block.key for block in blocks])
     if fisher.is_unit != is_unit:
         kinds = {True: "gradients of length one", False: "gradients as they are"}
         do = f"Make it with Fisher(is_unit={is_unit})."
