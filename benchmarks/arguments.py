@@ -23,11 +23,12 @@ class Common:
 Settings = TypeVar("Settings", bound=Common)
 
 
-def parser(doc: str | None, quick: str, json: str = "where to write the results") -> argparse.ArgumentParser:
-    """--quick, --json, --device, --threads, --rounds, --seed. quick, json: what the help says of these."""
+def parser(doc: str | None, quick: str, json: str | None = "where to write the results") -> argparse.ArgumentParser:
+    """--quick, --json, --device, --threads, --rounds, --seed. quick, json: what the help says of these; None: no such."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--quick", action="store_true", help=quick)
-    found.add_argument("--json", type=Path, help=json)
+    if json is not None:
+        found.add_argument("--json", type=Path, help=json)
     found.add_argument("--device", default="cpu")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--rounds", type=int)

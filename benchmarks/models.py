@@ -16,16 +16,34 @@ VOCABULARY = 50257
 
 
 def gpt2(
-    layers: int = 12, heads: int = 12, width: int = 768, *, positions: int = 1024, vocabulary: int = VOCABULARY, **options: Any
+    layers: int = 12,
+    heads: int = 12,
+    width: int = 768,
+    *,
+    positions: int = 1024,
+    vocabulary: int = VOCABULARY,
+    tied: bool = True,
+    **options: Any,
 ) -> Any:
-    """A GPT-2 with random weights, by default of the small model's shape; options as in `_build`."""
-    config = transformers.GPT2Config(
-        n_layer=layers, n_head=heads, n_embd=width, n_positions=positions, vocab_size=vocabulary, use_cache=False
-    )
+    """A GPT-2 with random weights, by default of the small model's shape; options as in `_build`.
+
+    tied: as GPT-2 is, reading out with its embedding; a random one then says the last token again, whatever attention does.
+    """
+    sizes = {"n_layer": layers, "n_head": heads, "n_embd": width, "n_positions": positions, "vocab_size": vocabulary}
+    config = transformers.GPT2Config(**sizes, use_cache=False, tie_word_embeddings=tied)
     return _build("GPT2", config, **options)
 
 
-def llama(layers: int = 12, heads: int = 12, kv_heads: int = 4, width: int = 768, **options: Any) -> Any:
+def llama(
+    layers: int = 12,
+    heads: int = 12,
+    kv_heads: int = 4,
+    width: int = 768,
+    *,
+    positions: int = 2048,
+    vocabulary: int = VOCABULARY,
+    **options: Any,
+) -> Any:
     """A Llama with grouped heads, otherwise of the same shape."""
     config = transformers.LlamaConfig(
         num_hidden_layers=layers,
@@ -33,7 +51,8 @@ def llama(layers: int = 12, heads: int = 12, kv_heads: int = 4, width: int = 768
         num_key_value_heads=kv_heads,
         hidden_size=width,
         intermediate_size=width * 8 // 3,
-        vocab_size=VOCABULARY,
+        max_position_embeddings=positions,
+        vocab_size=vocabulary,
         use_cache=False,
     )
     return _build("Llama", config, **options)
@@ -59,10 +78,15 @@ def _build(
     return model.to(device, torch.bfloat16 if half and torch.device(device).type == "cuda" else torch.float32).eval()
 
 
-def twin(model: nn.Module) -> Any:
-    """A copy that shares every weight: two models that differ in nothing that a memory bus could notice."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+def twin(model: nn.Module, own_parameters: bool = False) -> Any:
+    """A copy that shares every weight: two models that differ in nothing that a memory bus could notice.
+
+    own_parameters: the same memory in parameters of its own, whose gradients, or lack of them, are no other model's.
+    """
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    if own_parameters:
+        shared |= {id(tensor): nn.Parameter(tensor.detach()) for tensor in model.parameters()}
+    return copy.deepcopy(model, shared)
 
 
 def tokens(batch: int, length: int, device: str = "cpu", seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:

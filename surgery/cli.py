@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from surgery.commands.ablate import ablate
+from surgery.commands.bench import bench
 from surgery.commands.demo import demo
 from surgery.commands.families import families
 from surgery.commands.generate import generate
@@ -30,6 +31,8 @@ app = typer.Typer(
 )
 for command in (demo, inspect, patch, verify, generate, ablate, importance, patching, interference, families, schema):
     app.command()(command)
+# Its options are those of the benchmarks, which also say what they are.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -1,0 +1,82 @@
+"""The findings of a comparison as a table: a row for each work, a column for each way; and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.comparison.plain import Eager, Flex, Sdpa
+from benchmarks.comparison.task import Settings
+from benchmarks.comparison.worker import WAYS
+from benchmarks.comparison.works import WORKS
+from benchmarks.machine import sentence
+
+NOT_OFFERED = "–"
+DIFFERS = "differs"
+
+
+def ways_of(found: Mapping[str, Any]) -> list[str]:
+    """In the order of columns; those that give no number at all are left out, and named below the table."""
+    measured = {row["way"] for row in found["rows"] if "value" in row}
+    return [name for name in WAYS if name in measured]
+
+
+def grid(found: Mapping[str, Any], is_memory: bool = False, is_short: bool = False) -> list[list[str]]:
+    """Cells as text: the work, then each way's ratio with quartiles (is_short: without), or its peak of memory."""
+    ways, by_place = ways_of(found), {(row["work"], row["way"]): row for row in found["rows"]}
+    table = []
+    for work in WORKS:
+        rows = [by_place.get((work.name, way), {}) for way in ways]
+        if any(("memory" if is_memory else "value") in row for row in rows):
+            table.append([work.words, *(_cell(row, is_memory, is_short, "gpu" in found["machine"]) for row in rows)])
+    return table
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """What has no number, and why: by way, each reason once. That unpatched models are not patched goes without saying."""
+    said: dict[tuple[str, str], list[str]] = {}
+    words = {work.name: work.words for work in WORKS}
+    unpatched = {way.name for way in (Sdpa, Eager, Flex)}
+    for row in found["rows"]:
+        if note := row.get("note") or (row["way"] not in unpatched and row.get("lacks")):
+            said.setdefault((row["way"], note), []).append(words[row["work"]])
+    every = len({row["work"] for row in found["rows"]})
+    return [
+        f"{way}: {note}" if len(works) == every else f"{way}: {note} ({'; '.join(works)})"
+        for (way, note), works in said.items()
+    ]
+
+
+def _cell(row: Mapping[str, Any], is_memory: bool, is_short: bool, is_gpu: bool) -> str:
+    if "value" not in row:
+        return DIFFERS if row.get("note", "").startswith("differs") else NOT_OFFERED
+    if is_memory:
+        return f"{row['memory']:.2f}"
+    value, low, high = (row[f"{'' if is_gpu else 'cpu_'}{name}"] for name in ("value", "low", "high"))
+    digits = 3 if value < 2 else 2 if value < 10 else 1
+    ratio = f"{value:.{digits}f}" if is_short else f"{value:.{digits}f} ({low:.{digits}f} – {high:.{digits}f})"
+    return f"{ratio}, {1000 * row['seconds'][1]:.2f} ms" if is_gpu else ratio
+
+
+def markdown(found: Mapping[str, Any]) -> Iterator[str]:
+    """Lines: what and where, the table of times, that of memory, what there is not."""
+    settings = Settings(**found["settings"])
+    what = "time" if "gpu" in found["machine"] else "CPU time"
+    libraries = ", ".join(f"{name} {of['itself']}" for name, of in found["versions"].items())
+    rounds = f"{settings.rounds} interleaved rounds ({settings.heavy} of decoding and sweeps)"
+    where = "; ".join(part for part in (sentence(found["machine"]), libraries) if part)
+    yield f"{where}; seed {settings.seed}, {rounds}, {found['machine']['date']}."
+    yield f"{settings.shape}: {what} over unpatched sdpa.\n"
+    yield from _table("median (quartiles)", ways_of(found), grid(found))
+    memory = grid(found, is_memory=True)
+    if memory:
+        yield ""
+        yield from _table("peak memory", ways_of(found), memory)
+    yield ""
+    yield from (f"* {note}" for note in notes(found))
+
+
+def _table(title: str, ways: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {title} | {' | '.join(ways)} |"
+    yield f"| --- |{' ---: |' * len(ways)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)

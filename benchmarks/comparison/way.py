@@ -1,0 +1,82 @@
+"""What a library has to offer to be compared: five abilities of which all work is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.comparison.task import Task
+
+
+class NotOffered(Exception):
+    """A way has no means for some work; says why, in a few words."""
+
+
+class Way:
+    """One way to work with a model; `unpatched` by itself.
+
+    Tensors are given back as the library has them; `read_everything` brings them to (batch, head, position, d_head)
+    after the clock has stopped. name: of the column; key: the same on the command line; package: what has to be installed.
+    """
+
+    name: ClassVar[str]
+    key: ClassVar[str]
+    package: ClassVar[str | None] = None
+    implementation: ClassVar[str] = "sdpa"
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.model = task.twin(self.implementation)
+
+    def cut(self, site: str, layers: Sequence[int], heads: Sequence[int], ste: bool = False) -> AbstractContextManager[Any]:
+        """Within it, `site` ("z" or "q") of these heads is zero. ste: and gradients pass as if it were not."""
+        raise NotOffered("nothing is cut")
+
+    def logits(self, ids: Tensor, past: Any = None) -> Tensor:
+        """(batch, position, vocabulary). past: a cache of what came before, which grows."""
+        return self.model(ids, past_key_values=past, use_cache=past is not None).logits
+
+    def cache(self, ids: Tensor) -> Any:
+        """A cache that holds these tokens."""
+        return self.model(ids, use_cache=True).past_key_values
+
+    def generate(self, ids: Tensor, steps: int) -> Tensor:
+        """Greedy, with a cache: prompt and `steps` tokens more."""
+        options = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    def patterns(self, heads: Sequence[int] | None) -> list[Tensor]:
+        """Of every layer, (batch, head, query, key) of these heads, or of all."""
+        raise NotOffered("a fused kernel has no pattern")
+
+    def everything(self) -> Any:
+        """q, k, v, pattern and z of every layer, whatever it is kept in; see `read_everything`."""
+        raise NotOffered("nothing is captured")
+
+    def read_everything(self, found: Any) -> list[Tensor]:
+        """Of what `everything` gave: q, k, v, pattern, z of the first layer, then of the next, (batch, head, position, ..)."""
+        raise NotImplementedError
+
+    def sweep(self) -> Tensor:
+        """The log probability of a token at the last position, with z of each head cut in turn, as a loop has it."""
+        found = []
+        for layer, head in self.task.places:
+            with self.cut("z", [layer], [head]):
+                found.append(log_probability(self.logits(self.task.ids), self.task))
+        return torch.stack(found)
+
+    def importance(self) -> Tensor:
+        """(layer, head): minus z times the gradient of the logit difference, summed; what a cut changes, to first order."""
+        raise NotOffered("no gradients of activations")
+
+    def install(self, model: Any) -> None:
+        """Puts what cuts need into a fresh model; and takes it out again, where that can be done."""
+        raise NotOffered("nothing is put into the model")
+
+
+def log_probability(logits: Tensor, task: Task) -> Tensor:
+    return logits[:, -1].float().log_softmax(-1)[:, task.wanted]
