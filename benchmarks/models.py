@@ -67,10 +67,12 @@ def _build(
     device: str = "cpu",
     seed: int = 0,
     half: bool = True,
+    spread: float = 0.02,
 ) -> Any:
     """head: with the projection to the vocabulary. It costs as much as the rest of a small model and is never patched, so that
-    it would halve every overhead: measurements do without it unless they generate. bfloat16 on CUDA, unless half=False."""
-    config._attn_implementation = implementation
+    it would halve every overhead: measurements do without it unless they generate. bfloat16 on CUDA, unless half=False. spread:
+    standard deviation of weights."""
+    config._attn_implementation, config.initializer_range = implementation, spread
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}" if head else f"{name}Model")(
         config

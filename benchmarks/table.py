@@ -1,7 +1,8 @@
 """README's tables from committed results: `python -m benchmarks.table` rewrites them, `--check` exits 1 where they differ.
 
-A file has a place for a table between `<!-- benchmark:NAME -->` and `<!-- /benchmark:NAME -->`; it shows every
-results/NAME-*.json. Absolute times are shown only of a GPU: those of a shared CPU mean nothing elsewhere.
+So it does with those of benchmarks/README.md. A file has a place for a table between `<!-- benchmark:NAME -->` and
+`<!-- /benchmark:NAME -->`; it shows every results/NAME-*.json. Absolute times are shown only of a GPU: those of a shared CPU
+mean nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison import grid as comparison
 from benchmarks.machine import sentence
 from benchmarks.results import FOLDER, ROOT, shown
 
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 _PLACE = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
 
 
@@ -46,6 +49,9 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
+    if "versions" in found:
+        yield from (*comparison.markdown(found), "")
+        return
     machine, settings = found["machine"], found["settings"]
     is_gpu = "gpu" in machine
     rounds = f"{settings['rounds']} {settings.get('rounds_are', 'interleaved rounds')}"
@@ -72,17 +78,18 @@ def _milliseconds(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--file", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=Path, default=FOLDER)
     given = parser.parse_args()
-    text = given.file.read_text(encoding="utf-8")
-    filled = fill(text, given.results)
-    if given.check:
-        if filled != text:
-            print(f"{given.file} differs from {given.results}: run python -m benchmarks.table")
-        return int(filled != text)
-    given.file.write_text(filled, encoding="utf-8")
-    return 0
+    texts = {path: path.read_text(encoding="utf-8") for path in given.file}
+    filled = {path: fill(text, given.results) for path, text in texts.items()}
+    differing = [path for path in texts if filled[path] != texts[path]]
+    for path in differing:
+        if given.check:
+            print(f"{path} differs from {given.results}: run python -m benchmarks.table")
+        else:
+            path.write_text(filled[path], encoding="utf-8")
+    return int(given.check and bool(differing))
 
 
 if __name__ == "__main__":

@@ -62,9 +62,17 @@ class Task:
     @cached_property
     def model(self) -> Any:
         s = self.settings
-        common = {"head": True, "device": s.device, "seed": s.seed, "vocabulary": s.vocabulary, "positions": s.length + s.steps}
+        width = s.heads * s.d_head
+        common: dict[str, Any] = {
+            "head": True,
+            "device": s.device,
+            "seed": s.seed,
+            "vocabulary": s.vocabulary,
+            "positions": s.length + s.steps,
+        }
+        common["spread"] = width**-0.5  # so that attention matters as much in every width
         more: dict[str, Any] = {"tied": False} if s.family == "gpt2" else {"kv_heads": s.kv_heads}
-        return getattr(models, s.family)(s.layers, s.heads, width=s.heads * s.d_head, **common, **more)
+        return getattr(models, s.family)(s.layers, s.heads, width=width, **common, **more)
 
     def twin(self, implementation: str) -> Any:
         """The same weights under an attention implementation of transformers; gradients are its own."""

@@ -44,19 +44,23 @@ def measure(settings: Settings, names: list[str]) -> dict[str, Any]:
     """rows: of each work and way, the ratio to the unpatched model (median, quartiles), or what it `lacks`, or a `note`."""
     torch.manual_seed(settings.seed)
     task = Task(settings)
-    ways, notes = {}, {}
+    ways: dict[str, Way] = {}
+    versions, notes = {}, {}
     for name in dict.fromkeys([*ALWAYS, *names]):
         try:
             ways[name] = WAYS[name](task)
+            if (package := WAYS[name].package) is not None:
+                versions[name] = version(package)
         except Exception as error:  # other libraries raise what they like
+            if name in ALWAYS:
+                raise
+            ways.pop(name, None)
             notes[name] = f"does not start: {in_a_line(error)}"
     rows = [
         {"work": work.name, "way": name, **cell}
         for work in chosen(settings)
         for name, cell in cells(work, task, ways, notes).items()
     ]
-    packages = {name: way.package for name, way in WAYS.items() if name in ways and way.package}
-    versions = {name: version(package) for name, package in packages.items()}
     return {"rows": rows, "versions": versions, "with": {name: version(name) for name in ("torch", "transformers")}}
 
 
@@ -76,6 +80,8 @@ def cells(work: Work, task: Task, ways: Mapping[str, Way], notes: Mapping[str, s
             try:
                 run = work.start(ways[name], task, stack)
                 given = run.read(run.call())
+                expected = expected or given
+                gap, largest = difference(given, expected)
             except NotOffered as reason:
                 found[name] = {"lacks": str(reason)}
                 continue
@@ -84,10 +90,8 @@ def cells(work: Work, task: Task, ways: Mapping[str, Way], notes: Mapping[str, s
                     raise
                 found[name] = {"note": f"fails: {in_a_line(error)}"}
                 continue
-            expected = expected or given
             if name == Auto.name and uncut is not None and not difference(given, uncut)[0] > LIVE * difference(given, uncut)[1]:
                 raise RuntimeError(f"{work.words}: changes nothing that is compared")
-            gap, largest = difference(given, expected)
             found[name] = {"difference": gap, "largest": largest}
             if gap <= CLOSE[ways[name].model.dtype] * largest:
                 runs[name] = run
