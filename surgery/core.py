@@ -14,6 +14,7 @@ from surgery.cache import check_cache, find_cache, is_updated, layer_of, n_queri
 from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
 from surgery.inline import Inline, record_inline
+from surgery.own_keys import own_keys, reads_apart, with_own_keys
 from surgery.plan import Plan, Probe, Session, model_call
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
@@ -53,12 +54,14 @@ class Surgery:
         """Gives the module its cuts. taps: by attribute name of the projections that the module itself calls."""
         self.plan = plan
         self.taps = dict(taps or {})
-        self.is_idle = not plan.sites and not plan.reconstruct
+        self.sites = frozenset(plan.sites)
+        self.is_idle = not self.sites and not plan.reconstruct
         self.matrix_heads = plan.heads_at(MATRIX_SITES, self.heads)
         self.edited_matrix_heads = plan.heads_at(MATRIX_SITES, self.heads, probes=False)
         self.result_heads = plan.heads_at(("result",), self.heads)
         self.edited_result_heads = plan.heads_at(("result",), self.heads, probes=False)
         self.edits_kv = bool(plan.of("rot_k") or plan.of("v"))
+        self.own_keys = own_keys(plan, self.heads, self.core_groups)
         self.cuts_by_position = any(o.needs_position for site in plan.operations.values() for o in site)
         self.needs_position = bool(plan.probes) or self.cuts_by_position
         own = {site for tap in self.taps.values() for site in tap.sites}
@@ -208,16 +211,21 @@ class Surgery:
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
             return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups), done)
         query = query if "rot_q" in done else self.at("rot_q", query)
-        module, groups = self.module, self.core_groups
-        if self.edits_kv and groups > 1:
+        kernel = self.family.kernel(implementation)
+        call = Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups)
+        if self.own_keys is not None and reads_apart(self, call):
+            output, weights = with_own_keys(self, self.own_keys, call, kernel)
+            return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
+        module = self.module
+        if self.edits_kv and call.groups > 1:
             # Heads of a group no longer read the same keys and values.
-            module, groups = self.ungrouped, 1
-            key, value = (torch.repeat_interleave(t, self.core_groups, 1) for t in (key, value))
+            module = self.ungrouped
+            key, value = (torch.repeat_interleave(t, call.groups, 1) for t in (key, value))
+            call = replace(call, groups=1)
         key, value = key if "rot_k" in done else self.at("rot_k", key), self.at("v", value)
-        output, weights = self.family.kernel(implementation)(module, query, key, value, attention_mask, **kwargs)
+        output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
         if self.matrix_heads:
-            call = Call(implementation, query, key, value, attention_mask, kwargs, groups)
-            output = with_matrix(self, output, call)
+            output = with_matrix(self, output, replace(call, key=key, value=value))
         return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
 
     def _check_paged(self) -> None:
@@ -237,7 +245,7 @@ class Surgery:
 
         layout: of this tensor; None: that of the site.
         """
-        if site not in self.plan.sites and not (site == "scores" and self.edited_matrix_heads):
+        if site not in self.sites and not (site == "scores" and self.edited_matrix_heads):
             self.reached.add(site)
             return tensor
         inline = self.family.inline
@@ -335,7 +343,7 @@ class Surgery:
         held: the heads on axis 1 of the tensor; None for all (at rot_k and v possibly one per kv head). show: gets what the
         probes would get, in their place.
         """
-        if site not in self.plan.sites:
+        if site not in self.sites:
             return tensor
         self.reached.add(site)
         if site in ("rot_k", "v") and site in self.plan.probes:
