@@ -41,10 +41,14 @@ class Operation:
     entry: Entry | None = None
     block: tuple[int, int] | None = None
     axis: Heads = field(init=False)
+    rows: Heads = field(init=False)
     stream: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.axis = Heads(self.heads)
+        held = None if self.entry is None else self.entry.heads
+        # Made now: beside a step of one token, the making of an index would be seen.
+        self.rows = self.axis if held is None else Heads([held.index(head) for head in self.heads])
         name = f"{self.edit.seed}/{self.address}/{self.site}"
         self.stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
@@ -86,6 +90,8 @@ class Operation:
     def _apply(self, x: Tensor, where: Where, held: Sequence[int] | None) -> Tensor:
         axis = self.axis
         if held is not None:
+            if tuple(held) == self.heads:
+                return self._edit(x, where)
             axis = Heads([i for i, head in enumerate(held) if head in self.heads])
         original = axis.take(x)
         edited = self._edit(original, where)
@@ -144,11 +150,12 @@ class Operation:
     def _given(self, original: Tensor, where: Where) -> Tensor:
         value = self.edit.value
         if not isinstance(value, Tensor):
-            return torch.full_like(original, value)
+            return original.new_full((), value)
         return self._broadcast(value, original, where)
 
     def _by_value(self, original: Tensor, where: Where) -> Tensor:
-        return self._given(original, where).expand_as(original)
+        value = self._given(original, where)
+        return value.expand_as(original) if value.dim() else torch.full_like(original, self.edit.value)
 
     def _by_scale(self, original: Tensor, where: Where) -> Tensor:
         return original * self._given(original, where)
@@ -249,9 +256,7 @@ class Operation:
 
     def _rows(self, value: Tensor, dim: int = 0) -> Tensor:
         """The rows of a reference that belong to this operation's heads."""
-        held = self.entry.heads if self.entry is not None and self.entry.heads is not None else range(value.shape[dim])
-        rows = {head: i for i, head in enumerate(held)}
-        taken = Heads([rows[head] for head in self.heads]).take(value, dim)
+        taken = self.rows.take(value, dim)
         return taken if taken.dim() > 2 else taken[:, None, :]
 
     def _broadcast(self, value: Tensor, original: Tensor, where: Where) -> Tensor:

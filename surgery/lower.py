@@ -102,14 +102,16 @@ def _heads(placement: Placement) -> tuple[int, ...]:
     return tuple(heads)
 
 
+def _rows(placement: Placement) -> tuple[int, ...]:
+    """The selected heads along the site's own head axis."""
+    heads = _heads(placement)
+    return tuple(sorted({h // placement.attention.group_size for h in heads})) if placement.edit.site == "k" else heads
+
+
 def _operation(placement: Placement) -> Operation:
-    edit, attention, heads = placement.edit, placement.attention, _heads(placement)
-    size = attention.group_size
-    if edit.site == "k":
-        heads = tuple(sorted({head // size for head in heads}))
-        noise = heads
-    else:
-        noise = tuple(head // size for head in heads) if edit.gqa == "shared" else heads
+    edit, attention, heads = placement.edit, placement.attention, _rows(placement)
+    is_by_group = edit.gqa == "shared" and edit.site != "k"
+    noise = tuple(head // attention.group_size for head in heads) if is_by_group else heads
     entry = None if edit.reference is None else edit.reference.find(attention.address, edit.site)
     return Operation(placement.number, edit, edit.site, attention.address, heads, noise, entry)
 
@@ -164,7 +166,7 @@ def _reference_problems(placement: Placement, what: str, fingerprint: str) -> li
     axis = 1 if reference.kind == "activation" else 0
     heads = attention.kv_heads if edit.site == "k" else attention.heads
     rows = heads if entry.heads is None else len(entry.heads)
-    needed = _operation(placement).heads
+    needed = _rows(placement)
     if entry.heads is not None and (missing := [head for head in needed if head not in entry.heads]):
         found.append(describe(what, f"a reference of heads {list(entry.heads)}", f"also heads {missing}", do))
     width = width_of(attention, edit.site)
@@ -179,7 +181,7 @@ def _reference_problems(placement: Placement, what: str, fingerprint: str) -> li
 def _value_problems(placement: Placement, what: str) -> list[str]:
     edit, attention = placement.edit, placement.attention
     shape, width = tuple(edit.value.shape), width_of(attention, edit.site)
-    heads = len(_operation(placement).heads)
+    heads = len(_rows(placement))
     head_axis = {2: 0, 3: 0, 4: 1}.get(len(shape))
     if width is None and len(shape) == 2:
         head_axis = None

@@ -47,6 +47,11 @@ class Plan:
     def of(self, site: str) -> list[Operation]:
         return self.operations.get(site, [])
 
+    def only_heads(self, site: str) -> tuple[int, ...] | None:
+        """The heads, in this order, that all work at a site is about, along its own axis; None if there is no such choice."""
+        chosen = {operation.heads for operation in self.of(site)}
+        return chosen.pop() if len(chosen) == 1 and site not in self.probes else None
+
     def heads_at(self, sites: Iterable[str], heads: int, probes: bool = True) -> tuple[int, ...]:
         """The heads that any operation (and any probe) at these sites concerns."""
         chosen: set[int] = set()

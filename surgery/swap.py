@@ -45,7 +45,7 @@ def swap(model: nn.Module, attention: Attention, plan: Plan, session: Session, s
                 owner.__dict__["_surgery"] = Owned()
                 set_class(owner, owner_class(owner_type))
             taps = owner._surgery.taps
-        taps.setdefault(place.name, Tap(surgery)).add(site, place.channels, place.batch_axes)
+        taps.setdefault(place.name, Tap(surgery)).add(site, place.channels, place.batch_axes, plan.only_heads(site))
         if taps is not own:
             attach_owner(owner)
     surgery.set_plan(plan, own)

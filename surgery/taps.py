@@ -32,15 +32,19 @@ class Tap:
 
     surgery: Surgery
     sites: dict[str, Tensor] = field(default_factory=dict)
+    _held: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     _chosen: dict[str, Heads] = field(default_factory=dict)
     _batch_axes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, site: str, channels: Tensor, batch_axes: int = 1) -> None:
+    def add(self, site: str, channels: Tensor, batch_axes: int = 1, held: tuple[int, ...] | None = None) -> None:
         """Sets the point of a site. Channels that are neighbours, as in most projections, are read and written as a view.
 
-        batch_axes: how many of the projection's first axes are the batch; 0: they are position and batch.
+        batch_axes: how many of the projection's first axes are the batch; 0: they are position and batch. held: the heads
+        that alone are of interest at q or k, so that no others are touched; None for all.
         """
-        self.sites[site], self._chosen[site] = channels, Heads(channels.flatten().tolist())
+        self.sites[site], self._held[site] = channels, held
+        own = channels if held is None else channels[list(held)]
+        self._chosen[site] = Heads(own.flatten().tolist())
         self._batch_axes[site] = batch_axes
 
     def __call__(self, projection: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -58,8 +62,8 @@ class Tap:
     def _rows(self, site: str, output: Tensor, channels: Tensor) -> Tensor:
         """q or k: the projection's channels by head, changed where they stand."""
         chosen = self._chosen[site]
-        by_head = chosen.take(output, -1).unflatten(-1, tuple(channels.shape))
-        edited = self.surgery.at(site, self._lead(site, by_head, 2).transpose(1, 2))
+        by_head = chosen.take(output, -1).unflatten(-1, (-1, channels.shape[1]))
+        edited = self.surgery.at(site, self._lead(site, by_head, 2).transpose(1, 2), self._held[site])
         if not self.surgery.plan.of(site):
             return output
         return chosen.put(output, self._unlead(site, edited.transpose(1, 2), by_head).flatten(-2), -1)
@@ -67,6 +71,8 @@ class Tap:
     def _lead(self, site: str, tensor: Tensor, tail: int) -> Tensor:
         """(batch, position, ..) of a tensor; axes before the last `tail` may be positions alone, a grid, or turned round."""
         lead, batch = tensor.dim() - tail, self._batch_axes[site]
+        if lead == 2 and batch == 1:
+            return tensor
         if lead == 1:
             return tensor[None]
         return tensor.flatten(batch, lead - 1).flatten(0, batch - 1) if batch else tensor.transpose(0, 1)

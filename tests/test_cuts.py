@@ -434,6 +434,21 @@ def test_q_is_cut_where_a_hook_would_cut_it(name: str) -> None:
     assert not torch.equal(model(**inputs_of(name)).logits, expected)
 
 
+@pytest.mark.parametrize("name", list(Q_ROWS))
+def test_heads_alone_are_what_they_are_among_all(name: str) -> None:
+    """Only the channels of the heads that a cut concerns are read and written, unless others are cut or watched there, too."""
+    model, values = FAMILIES[name].build(), numbers(2, 8 if name != "llama" else 16)
+    together = Edit("q", "add", values, heads=[3, 1])
+    one_by_one = [Edit("q", "add", value, heads=[head]) for head, value in zip((3, 1), values, strict=True)]
+    uncut, found = model(**inputs_of(name)).logits, []
+    for spec in (together, one_by_one, [together, Edit("q", "identity", heads=[0])]):
+        with patched(model, spec):
+            found.append(model(**inputs_of(name)).logits)
+    with patched(model, together), capture(model, "q"):
+        found.append(model(**inputs_of(name)).logits)
+    assert all(torch.equal(other, found[0]) for other in found[1:]) and not torch.equal(found[0], uncut)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "bert", "t5", "opt"])
 def test_result_is_what_a_head_adds(name: str) -> None:
     """result to zero is z to zero, and a vector added to one head's result is added to the module's output."""
