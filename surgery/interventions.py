@@ -238,17 +238,12 @@ class Operation:
             )
             raise
 
-        def is_like(tensor: Any) -> str:
-            if not isinstance(tensor, Tensor):
-                return f"a {type(tensor).__name__}"
-            return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
-
-        if is_like(new) != is_like(original):
+        if not _is_like(new, original):
             raise SpecError(
                 describe(
                     f"cut {self.number}: callable {name} at {self.address} {self.site}",
-                    is_like(new),
-                    is_like(original),
+                    _form(new),
+                    _form(original),
                     "Return a tensor like the one it is given.",
                 )
             )
@@ -330,3 +325,14 @@ class Operation:
                 )
             )
         return mean
+
+
+def _is_like(new: Any, original: Tensor) -> bool:
+    # No words are made of sizes here: a compiled graph may not know them.
+    return isinstance(new, Tensor) and (new.shape, new.dtype, new.device) == (original.shape, original.dtype, original.device)
+
+
+def _form(tensor: Any) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"a {type(tensor).__name__}"
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
