@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -40,9 +40,15 @@ CASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 """What is run, in words, and the state of the model while it runs."""
 
 
-def rows(length: int, device: str, threads: int) -> Iterator[Row]:
-    """Growth of the peak over the unpatched fused kernel, in matrices of one head (query × key)."""
-    for place, *more in (("the attention module alone",), ("a model of one layer", "--whole-model")):
+def rows(
+    length: int, device: str, threads: int, cases: Collection[str] = tuple(CASES), whole_model: bool = True
+) -> Iterator[Row]:
+    """Growth of the peak over the unpatched fused kernel, in matrices of one head (query × key).
+
+    whole_model: also of a model of one layer, beside its attention module alone.
+    """
+    places = (("the attention module alone",), ("a model of one layer", "--whole-model"))
+    for place, *more in places[: 2 if whole_model else 1]:
         group = f"growth of peak memory of {place} over unpatched sdpa, {length:,} tokens, in attention matrices of one head"
 
         def run(case: str, length: int, more: list[str] = more) -> dict[str, int]:
@@ -50,7 +56,7 @@ def rows(length: int, device: str, threads: int) -> Iterator[Row]:
 
         fused = {length: run("fused", length)}
         for case, (what, _) in CASES.items():
-            if case == "fused":
+            if case == "fused" or case not in cases:
                 continue
             at = length
             if case in ("scores-all", "eager") and device == "cpu" and 5 * HEADS * 4 * length**2 > available_bytes():

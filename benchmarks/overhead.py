@@ -9,57 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import arguments, machine, memory, models, patching, results
-from benchmarks.results import Row, row
-from benchmarks.timing import interleave
+from benchmarks import arguments, compiled, machine, memory, models, patching, results, steps, unfused
+from benchmarks.results import Row
+from benchmarks.setting import QUICK, Settings, agree, check_cut, states
 from surgery import Edit, Freeze, Spec, capture, collect_reference, patched
-
-
-@dataclass(frozen=True)
-class Settings(arguments.Common):
-    """Sizes of the measurement. The defaults are those that the targets are stated for."""
-
-    rounds: int = 20
-    layers: int = 12
-    heads: int = 12
-    kv_heads: int = 4
-    d_head: int = 64
-    batch: int = 4
-    length: int = 128
-    prompt: int = 16
-    steps: int = 64
-    memory_length: int = 8192
-    patch_layers: tuple[int, ...] = (6, 12, 24, 48)
-    patch_rounds: int = 5
-
-    @property
-    def two(self) -> list[int]:
-        """Two heads that are not neighbours: neighbours are cut without index tensors, and would look cheaper."""
-        return [self.heads // 4, self.heads // 2 + 1]
-
-    @property
-    def shape(self) -> str:
-        return f"{self.batch} × {self.length} tokens"
-
-    def build(self, make: Callable[..., Any] = models.gpt2, **options: Any) -> tuple[Any, Any, Tensor]:
-        """A model, its twin, and token ids for both."""
-        plain = make(self.layers, self.heads, width=self.heads * self.d_head, device=self.device, seed=self.seed, **options)
-        return plain, models.twin(plain), models.tokens(self.batch, self.length, self.device, self.seed)
-
-    def time(self, group: str, what: str, over: Callable[[], Any], run: Callable[[], Any], target: float | None = None) -> Row:
-        """Times `run` over `over`. The targets are stated for the CPU; elsewhere they are left out."""
-        pairs = interleave(over, run, rounds=self.rounds, seed=self.seed, device=self.device)
-        return row(group, what, pairs.to_dict(), target if self.device == "cpu" else None)
-
-
-QUICK = Settings(rounds=3, batch=1, length=32, steps=4, memory_length=512, patch_layers=(6, 12), patch_rounds=1)
 
 
 def forward(s: Settings) -> Iterator[Row]:
@@ -136,55 +96,17 @@ def grouped(s: Settings) -> Iterator[Row]:
             yield time(what)
 
 
-def decoding(s: Settings) -> Iterator[Row]:
-    """Greedy decoding with a cache; for information."""
-    plain, twin, ids = s.build(head=True)
-    ids = ids[:1, : s.prompt]
-
-    def generate(model: Any) -> Tensor:
-        steps: Any = {"min_new_tokens": s.steps, "max_new_tokens": s.steps}
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, pad_token_id=0, **steps
-        )
-
-    group = f"decoding {s.steps} tokens with a cache, GPT-2 small, batch 1, over unpatched sdpa"
-    with patched(twin):
-        agree("decoding", generate(twin), generate(plain))
-        yield s.time(group, "patched, no cuts", lambda: generate(plain), lambda: generate(twin))
-    with patched(twin, Freeze("ov", heads=s.two)):
-        yield s.time(group, "OV of two heads to zero, every layer", lambda: generate(plain), lambda: generate(twin))
-
-
 PARTS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "forward": forward,
     "eager": eager,
     "memory": lambda s: memory.rows(s.memory_length, s.device, s.threads),
     "patching": lambda s: patching.rows(s.patch_layers, s.patch_rounds, s.device, s.threads),
     "grouped": grouped,
-    "decoding": decoding,
+    "steps": steps.one_token,
+    "decoding": steps.decoding,
+    "compiled": compiled.rows,
+    "unfused": unfused.rows,
 }
-
-
-def states(model: Any, ids: Tensor) -> Tensor:
-    return model(ids).last_hidden_state
-
-
-def agree(what: str, found: Tensor, expected: Tensor) -> None:
-    """Raises RuntimeError unless equal bit for bit: nothing is timed that does not compute what it should."""
-    if not torch.equal(found, expected):
-        raise RuntimeError(f"{what}: differs from the unpatched model by {(found - expected).abs().max():.3g}")
-
-
-def check_cut(what: str, model: Any, spec: Spec, ids: Tensor, uncut: Tensor) -> None:
-    """Raises RuntimeError unless the cut changes the output, and as kernel="eager" changes it, up to rounding."""
-    found = states(model, ids)
-    with patched(model, spec, kernel="eager"):
-        reference = states(model, ids)
-    if torch.equal(found, uncut):
-        raise RuntimeError(f"{what}: the cut changes nothing")
-    tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
-    if not torch.allclose(found, reference, rtol=tolerance, atol=tolerance):
-        raise RuntimeError(f"{what}: the kernels differ by {(found - reference).abs().max():.3g}")
 
 
 def run(s: Settings, parts: list[str], path: Path | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 import surgery.unfused
 from benchmarks import (
+    compiled,
     coverage,
     export,
     importance,
@@ -26,8 +28,11 @@ from benchmarks import (
     overhead,
     patching,
     results,
+    setting,
+    steps,
     sweep,
     table,
+    unfused,
 )
 from benchmarks.resident import watched
 from benchmarks.timing import Pairs, Spread, interleave
@@ -35,7 +40,7 @@ from surgery import Edit, Spec, patched
 from surgery.analysis.statistics import Paired, paired
 from surgery.classes import SurgicalAttention
 
-TOY = overhead.Settings(
+TOY = setting.Settings(
     rounds=2,
     layers=2,
     heads=4,
@@ -61,13 +66,67 @@ def rows() -> list[results.Row]:
 
 
 def test_every_part_gives_ratios(rows: list[results.Row]) -> None:
-    assert len(rows) == len({(row["group"], row["what"]) for row in rows}) >= 18
+    assert len(rows) == len({(row["group"], row["what"]) for row in rows}) >= 24
     for row in rows:
         value, low, high = numbers(row)
         assert 0 < low <= value <= high and row["rounds"] == TOY.rounds
         assert (row["met"] is None) == (row["target"] is None)
     targets = {row["target"] for row in rows}
     assert targets == {None, 1.02, 1.03, 1.05, 1.10}
+
+
+@torch.no_grad()
+def test_steps_of_one_token_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(steps.one_token(TOY))
+    assert len(rows) == len({(row["group"], row["what"]) for row in rows}) == 2 * 2 * 8
+    assert all(row["rounds"] == steps.ROUNDS * TOY.rounds and row["value"] > 0 for row in rows)
+    assert {(row["what"] == "patched, no cuts", row["target"]) for row in rows} == {(True, 1.05), (False, 1.10)}
+    assert any("k of their groups" in row["what"] for row in rows) and any("cache of 48" in row["group"] for row in rows)
+    plain, twin, ids = TOY.build()
+    expected = steps.on_cache(plain, ids)()
+    with patched(twin, Spec(Edit("z", "identity"))), pytest.raises(RuntimeError, match="idle: the cut changes nothing"):
+        steps.check_step("idle", twin, ids, expected)
+    with patched(twin, Edit("z", lambda z: z * z.shape[2])), pytest.raises(RuntimeError, match="a step differs from the whole"):
+        steps.check_step("by step", twin, ids, expected)
+
+
+def test_a_step_starts_from_the_same_cache_each_time() -> None:
+    with torch.no_grad():
+        plain, _, ids = TOY.build()
+        for make in (steps.on_cache, compiled.on_static_cache):
+            step = make(plain, ids)
+            first, second = step(), step()
+            assert torch.equal(first, second) and torch.allclose(first, setting.states(plain, ids)[:, -1:], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, while it first compiles
+@torch.no_grad()
+def test_compiled_models_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="eager"))
+    rows = list(compiled.rows(replace(TOY, layers=1, rounds=1)))
+    assert len(rows) == 2 * 7 and {row["target"] for row in rows} == {None, 1.02, 1.05, 1.0}
+    graphs = [row for row in rows if row["what"] == "graphs"]
+    # Unpatched, the twin runs the same graph.
+    assert [row["value"] for row in graphs] == [1, 1] and all(row["graphs"] == [(1, 0), *[(1, 1)] * 5] for row in graphs)
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="cut: compiled, it differs by 1"):
+        compiled.check("cut", x, x + 1, x + 2, changes=True)
+    with pytest.raises(RuntimeError, match="cut: the cut changes nothing"):
+        compiled.check("cut", x, x, x, changes=True)
+    with pytest.raises(RuntimeError, match="no cuts: the cut changes something"):
+        compiled.check("no cuts", x, x, x + 1, changes=False)
+
+
+@torch.no_grad()
+def test_one_unfused_head_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(module: str, case: str, *arguments: str) -> dict[str, int]:
+        assert module == "memory" and arguments[0] == f"--length={TOY.unfused_length}" and "--whole-model" not in arguments
+        return {"peak": {"fused": 100, "no-op": 100, "capture-one": 200}.get(case, 110), "resident": 0, "matrix": 100}
+
+    monkeypatch.setattr(memory, "child", measured)
+    rows = list(unfused.rows(TOY))
+    assert [row["target"] for row in rows] == [1.3] * 6 + [None] + [1.05] * 3 and all(row["value"] > 0 for row in rows[:6])
+    assert [row["value"] for row in rows[6:]] == [0, 1, 0.1, 0.1]
 
 
 def test_spread_and_ratios_are_of_pairs() -> None:
@@ -97,18 +156,18 @@ def test_twins_share_weights_and_nothing_else() -> None:
 
 def test_what_computes_something_else_is_not_timed() -> None:
     plain, twin, ids = TOY.build()
-    expected = overhead.states(plain, ids)
-    overhead.agree("no cuts", overhead.states(twin, ids), expected)
+    expected = setting.states(plain, ids)
+    setting.agree("no cuts", setting.states(twin, ids), expected)
     with pytest.raises(RuntimeError, match=r"no cuts: differs from the unpatched model by \d"):
-        overhead.agree("no cuts", overhead.states(twin, ids) + 1, expected)
+        setting.agree("no cuts", setting.states(twin, ids) + 1, expected)
     idle = Spec(Edit("z", "identity"))
     with patched(twin, idle), pytest.raises(RuntimeError, match="idle: the cut changes nothing"):
-        overhead.check_cut("idle", twin, idle, ids, expected)
+        setting.check_cut("idle", twin, idle, ids, expected)
     spec, other = (Spec(Edit("z", "scale", value=value)) for value in (0.5, 2.0))
     with patched(twin, spec):
-        overhead.check_cut("half", twin, spec, ids, expected)
+        setting.check_cut("half", twin, spec, ids, expected)
         with pytest.raises(RuntimeError, match=r"half: the kernels differ by \d"):
-            overhead.check_cut("half", twin, other, ids, expected)
+            setting.check_cut("half", twin, other, ids, expected)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +329,7 @@ def test_committed_results_have_the_stated_sizes() -> None:
     assert files
     for file in files:
         found = json.loads(file.read_text(encoding="utf-8"))
-        settings = replace(overhead.Settings(), device=found["settings"]["device"], threads=found["settings"]["threads"])
+        settings = replace(setting.Settings(), device=found["settings"]["device"], threads=found["settings"]["threads"])
         sizes = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
         assert found["settings"]["rounds"] >= 20
         assert {**found["settings"], "rounds": 20} == sizes
@@ -284,12 +343,12 @@ def test_committed_results_have_the_stated_sizes() -> None:
 def test_parts_are_measured_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, values = tmp_path / "overhead-cpu.json", iter(range(1, 100))
 
-    def part(s: overhead.Settings) -> Iterator[results.Row]:
+    def part(s: setting.Settings) -> Iterator[results.Row]:
         yield results.row("group", "what", {"value": float(next(values)), "low": 0.0, "high": 9.0})
 
     monkeypatch.setattr(overhead, "PARTS", {"one": part, "two": part})
 
-    def after(*parts: str, settings: overhead.Settings = TOY) -> list[tuple[str, float]]:
+    def after(*parts: str, settings: setting.Settings = TOY) -> list[tuple[str, float]]:
         overhead.run(settings, list(parts), path)
         found = json.loads(path.read_text(encoding="utf-8"))
         assert set(found["load"]) == {row["part"] for row in found["rows"]}
