@@ -22,6 +22,7 @@ from surgery.inline import Inline
 from surgery.reconstruction import Reconstruction
 from surgery.sites import SITES
 from surgery.taps import Tap, Tapped
+from surgery.threads import made_once
 from surgery.trace import GROUPS
 
 
@@ -78,7 +79,7 @@ def _rebuild(maker: str, base: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
+@made_once
 def attention_class(base: Any) -> type[nn.Module]:
     """The patched class of an attention class."""
 
@@ -93,7 +94,7 @@ def attention_class(base: Any) -> type[nn.Module]:
             output = base.forward(self, *args, **kwargs)
         else:
             output = type(surgery.view).forward(surgery.view, *args, **kwargs)
-            surgery.require(surgery.awaited)
+            surgery.require()
         if not torch.compiler.is_compiling():
             surgery.session.leave()
         return output
@@ -105,7 +106,7 @@ def attention_class(base: Any) -> type[nn.Module]:
     return _subclass(SurgicalAttention, base, attention_class, forward, extra_repr=extra_repr)
 
 
-@functools.cache
+@made_once
 def owner_class(base: Any) -> type[nn.Module]:
     """The patched class of a module that only calls a tapped projection."""
 
@@ -155,7 +156,7 @@ def _tap(name: str, taps: Callable[[Any], dict[str, Tap]]) -> property:
     return property(lambda self: Tapped(self._modules[name], taps(self)[name]))
 
 
-@functools.cache
+@made_once
 def _attention_view(base: type, taps: tuple[str, ...], members: tuple[tuple[str, Any], ...]) -> type:
     def config(self: Any) -> Any:
         surgery = self._surgery
@@ -164,20 +165,22 @@ def _attention_view(base: type, taps: tuple[str, ...], members: tuple[tuple[str,
         if config is None:
             raise AttributeError("config")
         if surgery.config is not config:
-            surgery.config, surgery.config_view = config, config_view(config, surgery.family.shows_name)
+            view = surgery.config_view = config_view(config, surgery.family.shows_name)
+            surgery.config = config  # last: another thread takes the view that goes with it
+            return view
         return surgery.config_view
 
     names = {name: _tap(name, lambda self: self._surgery.taps) for name in taps}
     return type(base.__name__, (base,), {"__module__": base.__module__, "config": property(config), **dict(members), **names})
 
 
-@functools.cache
+@made_once
 def _owner_view(base: type, taps: tuple[str, ...]) -> type:
     names = {name: _tap(name, lambda self: self._surgery.taps) for name in taps}
     return type(base.__name__, (base,), {"__module__": base.__module__, **names})
 
 
-@functools.cache
+@made_once
 def _ungrouped_view(base: type) -> type:
     """The module as fused kernels see it when key and value already have one head per query head."""
     return type(base.__name__, (base,), {"__module__": base.__module__, GROUPS: property(lambda self: 1)})

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from surgery.family import IMPLEMENTATION
+from surgery.threads import made_once
 
 
 class Shown(str):
@@ -54,7 +55,7 @@ def config_parts(config: Any) -> dict[str, PreTrainedConfig]:
     return {"": config, **{name: part for name, part in parts.items() if isinstance(part, PreTrainedConfig)}}
 
 
-@functools.cache
+@made_once
 def _config_class(cls: Any, shows_name: bool) -> type:
     def shown(self: Any) -> Any:
         name = cls._attn_implementation.fget(self)

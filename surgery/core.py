@@ -23,6 +23,7 @@ from surgery.shares import Share
 from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
 from surgery.source import method_names
 from surgery.stubs import has_hooks
+from surgery.threads import PerThread
 from surgery.unfused import Call, mask_of, with_matrix
 from surgery.where import Where
 
@@ -30,6 +31,22 @@ _MASKED = -5000.0
 """Scores of an inline attention below this are masked: families add -10,000, -1e9, the dtype's minimum, or minus infinity."""
 
 _PAGED_SITES = frozenset({"q", "k", "rot_q", "z", "result"})
+
+
+class Forward(PerThread):
+    """What a patched module knows of the forward that a thread is in: where in the sequence, and which points it has reached.
+
+    queries: how many it has; rows: of its inline points, by site; awaited: the points that it must reach; call: of the model,
+    with what a cache said of it.
+    """
+
+    def __init__(self) -> None:
+        self.where = Where()
+        self.queries = 0
+        self.rows: dict[str, int] = {}
+        self.call: tuple[Any, Any] = (None, None)
+        self.reached: set[str] = set()
+        self.awaited: set[str] = set()
 
 
 class Surgery:
@@ -79,16 +96,11 @@ class Surgery:
         self.rewriter: Rewriter = None  # type: ignore[assignment]
         self.config: Any = None
         self.config_view: Any = None
-        self.where = Where()
-        self.queries = 0
-        self.rows: dict[str, int] = {}
-        self.call: tuple[Any, Any] = (None, None)
-        self.reached: set[str] = set()
-        self.awaited: set[str] = set()
+        self.now = Forward()
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view", "share")
-        return {**self.__dict__, **dict.fromkeys(names), "where": Where(), "call": (None, None), "reached": set()}
+        return {**self.__dict__, **dict.fromkeys(names)}
 
     def attach(self, module: nn.Module, ungrouped: Any) -> None:
         """Takes the live module, and its view without head groups; whoever calls sets the view that its forward runs on."""
@@ -143,20 +155,21 @@ class Surgery:
             layer = layer_of(self.module, self.layer)
             check_cache(cache, self.session.spec.fingerprint(), layer, self.path, self.is_cross)
         if not self.is_idle:
-            self.reached = set()
+            now = self.now
+            now.reached = set()
             is_filled = self.is_cross and cache is not None and is_updated(cache, layer)
-            self.awaited = self.expected - {"k"} if is_filled else self.expected
-            self.where = Where(is_cross=self.is_cross)
-            self.queries, self.rows = n_queries(args, kwargs, self.query_axis), {}
+            now.awaited = self.expected - {"k"} if is_filled else self.expected
+            now.where = Where(is_cross=self.is_cross)
+            now.queries, now.rows = n_queries(args, kwargs, self.query_axis), {}
             if cache is not None and self.needs_position:
                 self._check_joined()
                 path = self.path if self.cuts_by_position else ""
-                found = offsets(cache, layer, self.is_cross, self.queries, path)
+                found = offsets(cache, layer, self.is_cross, now.queries, path)
                 call = None if torch.compiler.is_compiling() else model_call()
-                if call is not None and call is self.call[0]:
-                    found = self.call[1]  # again in one forward of the model, whose keys may lie in another layer by now
-                self.call = (call, found)
-                self.where = Where(found[0], found[1], None, self.is_cross, found[2])
+                if call is not None and call is now.call[0]:
+                    found = now.call[1]  # again in one forward of the model, whose keys may lie in another layer by now
+                now.call = (call, found)
+                now.where = Where(found[0], found[1], None, self.is_cross, found[2])
 
     def _check_joined(self) -> None:
         """Raises CacheError for cuts by the position of keys that are joined from several sequences, where a cache grows."""
@@ -174,9 +187,10 @@ class Surgery:
                 )
             )
 
-    def require(self, sites: Iterable[str]) -> None:
-        """After the family's forward: these points must have been reached."""
-        if missing := [site for site in sites if site not in self.reached]:
+    def require(self, sites: Iterable[str] | None = None) -> None:
+        """After the family's forward: these points must have been reached; None: all that this forward must come to."""
+        now = self.now
+        if missing := [site for site in (now.awaited if sites is None else sites) if site not in now.reached]:
             raise SurgeryError(
                 describe(
                     f"{self.path!r}",
@@ -246,10 +260,10 @@ class Surgery:
         layout: of this tensor; None: that of the site.
         """
         if site not in self.sites and not (site == "scores" and self.edited_matrix_heads):
-            self.reached.add(site)
+            self.now.reached.add(site)
             return tensor
-        inline = self.family.inline
-        if site in self.reached and not inline.is_written and self.rows.get(site, 0) < self.queries:
+        inline, now = self.family.inline, self.now
+        if site in now.reached and not inline.is_written and now.rows.get(site, 0) < now.queries:
             raise SurgeryError(
                 describe(
                     f"{self.path!r}",
@@ -260,11 +274,11 @@ class Surgery:
             )
         layout = layout or inline.before.get(site) or inline.layouts[site]
         standard = layout.to_standard(tensor)
-        self.rows.setdefault(site, standard.shape[2])
+        now.rows.setdefault(site, standard.shape[2])
         if site not in ("rot_q", "z"):
-            self._place_keys(self.queries, standard.shape[3 if SITES[site].is_matrix else 2])
+            self._place_keys(now.queries, standard.shape[3 if SITES[site].is_matrix else 2])
         if site == "scores":
-            self.where.allowed = standard > _MASKED
+            now.where.allowed = standard > _MASKED
         if self.plan.of(site) and standard.shape[1] < self.heads:
             standard = standard.repeat_interleave(self.heads // standard.shape[1], 1)
         is_watched = site in self.plan.probes
@@ -276,8 +290,9 @@ class Surgery:
 
     def _place_keys(self, queries: int, keys: int) -> None:
         """In a cache that grows, keys end where the queries do, however many it keeps, and whichever layer filled it."""
-        if self.where.key_offset is None:
-            self.where = replace(self.where, key_offset=self.where.query_offset + queries - keys)
+        where = self.now.where
+        if where.key_offset is None:
+            self.now.where = replace(where, key_offset=where.query_offset + queries - keys)
 
     def inner(self, module: nn.Module) -> nn.Module:
         """A module within an inline attention whose forward is part of the rewritten code: it is not called as a module."""
@@ -345,17 +360,18 @@ class Surgery:
         """
         if site not in self.sites:
             return tensor
-        self.reached.add(site)
+        now = self.now
+        now.reached.add(site)
         if site in ("rot_k", "v") and site in self.plan.probes:
             tensor = _copied(tensor)  # a static cache writes on in what it hands out
         for operation in self.plan.of(site):
-            before, tensor = tensor, operation.apply(tensor, self.where, held)
+            before, tensor = tensor, operation.apply(tensor, now.where, held)
             if self.session.watch is not None:
                 self.session.watch(operation, before, tensor)
         for probe in self.plan.probes.get(site, ()):
             seen = self._seen(site, tensor, probe.heads, held)
             if show is None:
-                probe.take(seen, self.where)
+                probe.take(seen, now.where)
             else:
                 show(probe, seen)
         return tensor
@@ -373,7 +389,7 @@ class Surgery:
     def _all_heads(self, call: Call, done: Collection[str]) -> tuple[Tensor, Any]:
         """Everything by the reconstruction, every point in its place."""
         mask = mask_of(self, call)
-        self.where.allowed = mask.allowed
+        self.now.where.allowed = mask.allowed
         arguments = self.rewriter.bind(call.query, call.key, call.value, mask.additive, call.kwargs)
 
         def at(site: str, tensor: Tensor) -> Tensor:

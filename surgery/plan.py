@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from surgery.anatomy import Anatomy
 from surgery.interventions import Operation
 from surgery.spec import Spec
+from surgery.threads import PerThread
 from surgery.where import Where
 
 
@@ -63,13 +64,26 @@ class Plan:
         return tuple(sorted(chosen))
 
 
+class Progress(PerThread):
+    """How far a thread is in its present forward of the model.
+
+    forward: the addresses that it has run, and last of them; is_inside: it has not come to its end (or never will, if it
+    raised). call: that forward, as long as it may turn out to have left modules out.
+    """
+
+    def __init__(self) -> None:
+        self.forward: set[str] = set()
+        self.last = ""
+        self.is_inside = False
+        self.call: Any = None
+
+
 @dataclass
 class Session:
     """What the patched modules of one model share: spec, kernel, anatomy, strictness, and which of its cuts have run.
 
-    watch(operation, before, after): sees every operation act, for the self-test. forward: the addresses that the present
-    forward of the model has run, and last of them; is_inside: it has not come to its end (or never will, if it raised).
-    call: that forward, as long as it may turn out to have left modules out.
+    watch(operation, before, after): sees every operation act, for the self-test. now: the forward of each thread.
+    is_cut_off: the module that one of them entered last has not come to its end, or none was entered.
     """
 
     spec: Spec = field(default_factory=Spec)
@@ -80,13 +94,11 @@ class Session:
     runs: dict[str, int] = field(default_factory=dict)
     watch: Callable[[Operation, Tensor, Tensor], None] | None = None
     report: Callable[[Sequence[str]], None] | None = None
-    forward: set[str] = field(default_factory=set)
-    last: str = ""
-    is_inside: bool = False
-    call: Any = None
+    now: Progress = field(default_factory=Progress)
+    is_cut_off: bool = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "anatomy": None, "call": None}
+        return {**self.__dict__, "anatomy": None}
 
     def enter(self, address: str) -> None:
         """Counts a run of a module. When one runs again after another, modules that never ran were left out by a forward.
@@ -94,33 +106,34 @@ class Session:
         Again at once says nothing: layers may share a module; nor does again in the very same forward of the model, which
         may go through some of its layers several times.
         """
-        if self.is_inside:
-            self.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
+        now = self.now
+        if now.is_inside:
+            now.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
         self.runs[address] = self.runs.get(address, 0) + 1
         may_be_silent = self.report is not None and not self.planned <= self.runs.keys()
-        here = outermost_call() if may_be_silent and (not self.forward or address in self.forward) else None
-        if address in self.forward and address != self.last and (here is None or here is not self.call):
-            self.forward.clear()
+        here = outermost_call() if may_be_silent and (not now.forward or address in now.forward) else None
+        if address in now.forward and address != now.last and (here is None or here is not now.call):
+            now.forward.clear()
             silent = sorted(self.planned - set(self.runs))
             report, self.report = self.report, None
             if silent and report is not None:
                 report(silent)
-        if not self.forward:
-            self.call = here
+        if not now.forward:
+            now.call = here
         if not may_be_silent:
-            self.call = None
-        self.forward.add(address)
-        self.last = address
-        self.is_inside = True
+            now.call = None
+        now.forward.add(address)
+        now.last = address
+        now.is_inside = self.is_cut_off = True
 
     def leave(self) -> None:
         """Ends what `enter` began."""
-        self.is_inside = False
+        self.now.is_inside = self.is_cut_off = False
 
     @property
     def never_ran(self) -> list[str]:
         """Addresses with cuts or captures that never ran although others did."""
-        return sorted(self.planned - set(self.runs)) if self.forward and not self.is_inside else []
+        return [] if self.is_cut_off else sorted(self.planned - set(self.runs))
 
 
 def outermost_call() -> Any:

@@ -68,8 +68,8 @@ def _shared(
         if _fits(module, known[0]):
             return known
     found, reads = trace(eager, module, arguments, group_size)
-    traces.append((reads, found))
-    return traces[-1]
+    traces.append(new := (reads, found))
+    return new
 
 
 def _fits(module: nn.Module, reads: Mapping[str, Any]) -> bool:

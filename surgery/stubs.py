@@ -21,6 +21,7 @@ from surgery.family import Family, is_pointwise, is_projection, projection_width
 from surgery.labels import BASE, WEIGHT, Fate, Labelled, Z, owner_of
 from surgery.layout import STANDARD
 from surgery.source import n_returned
+from surgery.threads import BORROWED
 from surgery.witness import z_labels
 
 Give = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
@@ -221,7 +222,7 @@ def run_on_stubs(
     # In training a forward would count these numbers in its batch norms; what draws or keeps some all the same must not move
     # the user's on. Nor must autocast, which stubs do not follow, mix the types of what they give with others.
     plain = torch.autocast(device.type if devices else "cpu", enabled=False)
-    with evaluating(module), plain, keeping_random(devices), keeping_state(module):
+    with evaluating(module), plain, BORROWED, keeping_random(devices), keeping_state(module):
         view = _view(module, prefix, recording, family, given or {})
         return type(view).forward(view, **arguments)
 

@@ -30,7 +30,7 @@ class Host(Protocol):
     """What this file needs of a patched module's state (`surgery.core.Surgery`)."""
 
     plan: Plan
-    where: Where
+    now: Any
     module: Any
     family: Family
     rewriter: Rewriter
@@ -73,11 +73,11 @@ def with_matrix(surgery: Host, output: Tensor, call: Call) -> Tensor:
     padding to the kernel: what a kernel gives there is its own.
     """
     chosen = _choose(surgery, call)
-    edited, base, queries = surgery.edited_matrix_heads, surgery.where, call.query.shape[2]
+    edited, base, queries = surgery.edited_matrix_heads, surgery.now.where, call.query.shape[2]
     seen, z = _Seen(queries), _Joined(queries, 1)
     for rows in _blocks(surgery, call, chosen):
         mask = mask_of(surgery, call, rows)
-        surgery.where = replace(base, query_offset=base.query_offset + rows[0], allowed=mask.allowed)
+        surgery.now.where = replace(base, query_offset=base.query_offset + rows[0], allowed=mask.allowed)
         graph, arguments = _graph(surgery, call, chosen, mask.additive, rows)
 
         def at(site: str, tensor: Tensor, rows: Rows = rows) -> Tensor:
@@ -86,7 +86,7 @@ def with_matrix(surgery: Host, output: Tensor, call: Call) -> Tensor:
         found = graph(at, surgery.module, arguments)
         if edited:
             z.add(rows, _merge(output[:, slice(*rows)], found[0], mask, chosen.held, edited))
-    surgery.where = base
+    surgery.now.where = base
     seen.hand_on(base)
     return Heads(edited).put(output, z.whole(), 2) if edited else output
 

@@ -19,6 +19,7 @@ from surgery.rewrite import Rewriter
 from surgery.samples import sample_arguments
 from surgery.sites import SITES
 from surgery.stubs import HOOKS
+from surgery.threads import BORROWED
 
 
 def verify(attention: Attention) -> None:
@@ -135,7 +136,8 @@ def _random(value: Any, generator: torch.Generator) -> Any:
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """The user's hooks fire in forwards, not in our comparison, which leaves no trace in the module or in random numbers."""
-    with _without_hooks(module), keeping_random(accelerators(type_of(module)[1])), keeping_state(module):
+    borrowed = keeping_random(accelerators(type_of(module)[1]))
+    with _without_hooks(module), BORROWED, borrowed, keeping_state(module):
         yield
 
 
