@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from surgery.errors import (
 from surgery.family import find_family
 from surgery.lower import lower, on_meta
 from surgery.plan import Plan, Probe, Session
+from surgery.running import batching_problems, forget_pages
 from surgery.shares import share_of, split_problems
 from surgery.spec import Freeze, Spec
 from surgery.swap import foreign_classes, obstacles, patched_modules, restore, restore_all, swap, sweep, tap_problems
@@ -57,9 +59,12 @@ def unpatch_model(model: Model) -> Model:
     """Gives every module its own class back: the very same classes and tensors as before patching.
 
     Does nothing to a model that is not patched. Warns (NotFiredWarning) of cuts that never ran while others did.
-    Raises PatchError, with nothing undone, if something else has changed a patched module's class meanwhile.
+    Raises PatchError, with nothing undone, if something else has changed a patched module's class meanwhile, if
+    another thread has a block open on the model, or if continuous batching serves it.
     """
     session = session_of(model)
+    if session is not None and (problems := _others(model)):
+        raise PatchError(listing("unpatch_model", problems))
     restore_all(model)
     if session is not None:
         _warn_silent(session.never_ran)
@@ -74,6 +79,7 @@ def patched(model: Model, spec: Any = None, *, kernel: Kernel = "auto", strict: 
     """
     with _restored(model):
         patch_model(model, spec, kernel=kernel, strict=strict)
+        _own(model)
         yield model
 
 
@@ -146,12 +152,16 @@ def probed(
     together = {address: [*before.get(address, ()), *probes.get(address, ())] for address in {**before, **probes}}
     with _restored(model):
         _apply(model, spec, kernel or own_kernel, strict, together)
+        _own(model)
         yield
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Brings back, at the end, the state of patching that the model has now: plans, taps and session."""
+    """Brings back, at the end, the state of patching that the model has now: plans, taps and session.
+
+    Raises PatchError, with the model as it was, if continuous batching still serves it then.
+    """
     before = session_of(model)
     probes = _probes(model)
     failed = True
@@ -165,7 +175,27 @@ def _restored(model: nn.Module) -> Iterator[None]:
             restore_all(model)
         else:
             _apply(model, before.spec, before.kernel, False, probes, before)
+        if not failed and (problems := batching_problems(model)):
+            raise PatchError(listing("the block has ended", problems))
         _warn_silent(silent)
+
+
+def _own(model: nn.Module) -> None:
+    """Until the block that begins here ends, only this thread changes the model."""
+    if (session := session_of(model)) is not None:
+        session.owner = threading.get_ident()
+
+
+def _others(model: nn.Module) -> list[str]:
+    """Why this thread must not change the model's cuts: another has a block open on it, or continuous batching serves it."""
+    session = session_of(model)
+    owner = None if session is None else session.owner
+    name = next((thread.name for thread in threading.enumerate() if thread.ident == owner), None)
+    if owner == threading.get_ident() or name is None:
+        return batching_problems(model)
+    found = f"a block (patched, capture) that the thread {name!r} has open on this model"
+    do = "Wait for its end, open one block around all threads, or work on a copy (copy.deepcopy)."
+    return [describe("change of cuts", found, "blocks of one thread at a time", do), *batching_problems(model)]
 
 
 def _probes(model: nn.Module) -> dict[str, Sequence[Probe]]:
@@ -200,7 +230,8 @@ def _apply(
         plan.reconstruct = kernel == "eager"
         for probe in probes.get(attention.address, ()):
             plan.probes.setdefault(probe.site, []).append(probe)
-    problems = foreign_classes(model) + [p for attention in anatomy for p in obstacles(attention.module, attention.path)]
+    problems = foreign_classes(model) + (_others(model) if session is None else [])
+    problems += [p for attention in anatomy for p in obstacles(attention.module, attention.path)]
     problems += [p for attention in anatomy for p in tap_problems(model, attention, plans[attention.address])]
     shares = {attention.address: share_of(model, attention) for attention in anatomy}
     for attention in anatomy:
@@ -212,8 +243,10 @@ def _apply(
     if session is None:
         planned = frozenset(address for address, plan in plans.items() if plan.sites)
         session = Session(spec, kernel, anatomy, planned, not anatomy.unsupported, report=_warn_silent)
+        session.owner = None if (replaced := session_of(model)) is None else replaced.owner
         spec.fingerprint()  # computed now: a forward, perhaps compiled, only compares it
     before, old_probes = session_of(model), _probes(model)
+    forget_pages(model)
     try:
         for module in patched_modules(model):
             if isinstance(module, SurgicalOwner):

@@ -83,7 +83,8 @@ class Session:
     """What the patched modules of one model share: spec, kernel, anatomy, strictness, and which of its cuts have run.
 
     watch(operation, before, after): sees every operation act, for the self-test. now: the forward of each thread.
-    is_cut_off: the module that one of them entered last has not come to its end, or none was entered.
+    is_cut_off: the module that one of them entered last has not come to its end, or none was entered. owner: the thread that
+    has a block open (`patched`, `capture`), which alone may change the cuts.
     """
 
     spec: Spec = field(default_factory=Spec)
@@ -96,6 +97,7 @@ class Session:
     report: Callable[[Sequence[str]], None] | None = None
     now: Progress = field(default_factory=Progress)
     is_cut_off: bool = True
+    owner: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "anatomy": None}

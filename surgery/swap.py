@@ -13,6 +13,7 @@ from surgery.classes import Owned, SurgicalAttention, SurgicalOwner, attach, att
 from surgery.core import Surgery
 from surgery.errors import PatchError, describe, listing
 from surgery.plan import Plan, Session
+from surgery.running import forget_pages
 from surgery.shares import Share
 from surgery.sites import PROJECTION_SITES, SITES
 from surgery.taps import Tap
@@ -71,6 +72,7 @@ def restore_all(model: nn.Module) -> None:
     """Undoes patching. Raises PatchError, with nothing undone, if something else has changed a class."""
     if problems := foreign_classes(model):
         raise PatchError(listing("unpatch_model", problems))
+    forget_pages(model)
     for module in patched_modules(model):
         restore(module)
     sweep(model)

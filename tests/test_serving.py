@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES, VOCAB
 from torch import Tensor
 
-from surgery import Edit, Freeze, patch_model
+from surgery import Edit, Freeze, PatchError, capture, patch_model, patched, unpatch_model
 
 THREADS = 6
 
@@ -120,3 +120,45 @@ def test_gradients_in_several_threads() -> None:
 
     expected = [gradient(number) for number in range(12)]
     assert all(torch.equal(a, b) for a, b in zip(at_once(gradient, range(12)), expected, strict=True))
+
+
+# -- changes of cuts beside forwards ------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_two_threads_do_not_overlap() -> None:
+    model = patch_model(build(), CUTS["keys"])
+    with ThreadPoolExecutor(1) as pool:
+        with capture(model, "z") as run:
+            for change in (lambda: capture(model, "z").__enter__(), lambda: patch_model(model), lambda: unpatch_model(model)):
+                with pytest.raises(PatchError, match=r"block .* that the thread 'MainThread' has open.*one block"):
+                    pool.submit(change).result(timeout=30)
+            with patched(model, CUTS["noise"]), capture(model, "v"):  # a thread's own blocks nest
+                generate(model, prompt(5))
+        pool.submit(patch_model, model, CUTS["noise"]).result(timeout=30)
+    assert len(run.steps(0, "z")) == 6
+
+
+def test_a_capture_sees_the_forwards_of_all_threads() -> None:
+    """It is of the model, whoever runs it: each forward is whole, and they come in the order in which they reach a site."""
+    model = patch_model(build(), CUTS["noise"])
+
+    def forward(number: int) -> Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([prompt(number)])).logits
+
+    alone = []
+    for number in range(24):
+        with capture(model, ["z", "pattern"], layers=[1]) as run:
+            forward(number)
+        alone.append((run[1, "z"], run[1, "pattern"]))
+    expected = [forward(number) for number in range(24)]
+    with capture(model, ["z", "pattern"], layers=[1]) as run:
+        found = at_once(forward, range(24))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for number, site in enumerate(("z", "pattern")):
+        left = list(run.steps(1, site))
+        assert len(left) == 24
+        for one in alone:
+            matching = [i for i, tensor in enumerate(left) if torch.equal(tensor, one[number])]
+            assert matching, "what one forward alone shows is there"
+            del left[matching[0]]
