@@ -19,6 +19,7 @@ from torch import nn
 from surgery.configs import config_view
 from surgery.core import Surgery
 from surgery.inline import Inline
+from surgery.paged import is_beginning
 from surgery.reconstruction import Reconstruction
 from surgery.sites import SITES
 from surgery.taps import Tap, Tapped
@@ -45,6 +46,12 @@ class SurgicalAttention(Surgical):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         attach(self)
+
+    def train(self, mode: bool = True) -> Any:
+        """As of every module. Continuous batching calls eval() before its thread begins, in which an error would get lost."""
+        if is_beginning():
+            self._surgery.check_paged()
+        return super().train(mode)  # type: ignore[misc]
 
     @property
     def reconstruction(self) -> Reconstruction | Inline:

@@ -15,6 +15,7 @@ from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
 from surgery.inline import Inline, record_inline
 from surgery.own_keys import own_keys, reads_apart, with_own_keys
+from surgery.paged import key_offset, obstacle, query_offset, read_pages, reads_keys
 from surgery.plan import Plan, Probe, Session, model_call
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
@@ -29,8 +30,6 @@ from surgery.where import Where
 
 _MASKED = -5000.0
 """Scores of an inline attention below this are masked: families add -10,000, -1e9, the dtype's minimum, or minus infinity."""
-
-_PAGED_SITES = frozenset({"q", "k", "rot_q", "z", "result"})
 
 
 class Forward(PerThread):
@@ -170,6 +169,8 @@ class Surgery:
                     found = now.call[1]  # again in one forward of the model, whose keys may lie in another layer by now
                 now.call = (call, found)
                 now.where = Where(found[0], found[1], None, self.is_cross, found[2])
+            elif self.cuts_by_position and kwargs.get("cache") is not None:
+                now.where = Where(self._find_tokens(kwargs, now.queries))
 
     def _check_joined(self) -> None:
         """Raises CacheError for cuts by the position of keys that are joined from several sequences, where a cache grows."""
@@ -217,10 +218,15 @@ class Surgery:
         In the module's own kernel, unless the attention matrix of some heads is needed: then these heads alone are
         computed by the reconstruction, all of them where the module computes its matrix anyway.
         """
-        if kwargs.get("cache") is not None:
-            self._check_paged()
         if implementation is None or self.plan.reconstruct:
             implementation = self.implementation
+        if kwargs.get("cache") is not None:
+            self.check_paged()
+            if reads_keys(self.plan):
+                key, value, kwargs = read_pages(self.module, key, value, kwargs)
+                if self.cuts_by_position:
+                    where = self.now.where
+                    self.now.where = replace(where, key_offset=key_offset(kwargs, where.query_offset, key.shape[2]))
         self._place_keys(query.shape[2], key.shape[2])
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
             return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups), done)
@@ -242,17 +248,30 @@ class Surgery:
             output = with_matrix(self, output, replace(call, key=key, value=value))
         return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
 
-    def _check_paged(self) -> None:
-        """Continuous batching: many sequences in one row, and their keys in a paged cache that only the kernel reads."""
-        if self.plan.reconstruct or self.needs_position or self.plan.sites - _PAGED_SITES:
+    def check_paged(self) -> None:
+        """Raises CacheError for a plan that cannot act in continuous batching."""
+        if not self.is_idle and (found := obstacle(self.plan, self.implementation, self.family.interface is None)):
             raise CacheError(
                 describe(
-                    f"{self.path!r}",
-                    f"a paged KV cache (continuous batching) and work at {', '.join(sorted(self.plan.sites)) or 'every site'}",
-                    f"kernel='auto' and cuts at {', '.join(sorted(_PAGED_SITES))} that do not depend on the position",
+                    f"{self.path!r} in continuous batching (a paged KV cache)",
+                    found,
+                    "work that is defined for each token of several sequences in one row",
                     "Use model.generate.",
                 )
             )
+
+    def _find_tokens(self, kwargs: Mapping[str, Any], queries: int) -> Tensor:
+        """Where the tokens of a row are in their sequences. Raises CacheError if that is not known."""
+        if (offset := query_offset(kwargs, queries)) is None:
+            raise CacheError(
+                describe(
+                    f"{self.path!r} in continuous batching (a paged KV cache)",
+                    "cuts by position, in a layer with a sliding window that does not get position_ids",
+                    "position_ids, or layers without a window",
+                    "Use model.generate.",
+                )
+            )
+        return offset
 
     def spot(self, site: str, tensor: Any, layout: Any = None) -> Any:
         """An intervention point in the code of an inline attention, where the tensor has the axes of that code.

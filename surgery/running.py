@@ -31,4 +31,5 @@ def forget_pages(model: nn.Module) -> None:
     """Lets go of the manager that transformers keeps for the next `generate_batch`, whose pages are of other cuts."""
     for module in model.modules():
         if isinstance(module.__dict__.get(_KEPT), ContinuousBatchingManager):
+            module.__dict__[_KEPT].batch_processor = None  # which holds the pages, should somebody start it again
             module.destroy_cached_continuous_batching_manager()  # type: ignore[operator]

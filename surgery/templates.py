@@ -53,6 +53,8 @@ def _back(original: Tensor, allowed: Tensor | None, where: Where, steps: int) ->
 
     A row that may attend to neither stays as it is.
     """
+    if isinstance(where.key_offset, Tensor) and where.key_offset.dim() == 1:
+        return _back_in_row(original, allowed, where, steps)
     queries = positions_of(original, where.query_offset) - where.key_offset
     own = queries.clamp(0, original.shape[-1] - 1)
     target = (queries - steps).clamp(0, original.shape[-1] - 1)
@@ -60,6 +62,18 @@ def _back(original: Tensor, allowed: Tensor | None, where: Where, steps: int) ->
     if allowed is not None:
         for fallback in (_one_hot(own[None, None], original), original):
             pattern = torch.where((pattern.bool() & allowed).any(dim=-1, keepdim=True), pattern, fallback)
+    return pattern.expand_as(original)
+
+
+def _back_in_row(original: Tensor, allowed: Tensor | None, where: Where, steps: int) -> Tensor:
+    """As `_back`, where one row holds several sequences: of the keys at a position, the mask says which is of the query's."""
+    assert allowed is not None
+    queries = positions_of(original, where.query_offset)[:, None]
+    keys = torch.arange(original.shape[-1], device=original.device) + where.key_offset
+    pattern = original
+    for back in (0, steps):
+        chosen = (keys == queries - back) & allowed
+        pattern = torch.where(chosen.any(dim=-1, keepdim=True), chosen.to(original.dtype), pattern)
     return pattern.expand_as(original)
 
 

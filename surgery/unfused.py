@@ -77,7 +77,7 @@ def with_matrix(surgery: Host, output: Tensor, call: Call) -> Tensor:
     seen, z = _Seen(queries), _Joined(queries, 1)
     for rows in _blocks(surgery, call, chosen):
         mask = mask_of(surgery, call, rows)
-        surgery.now.where = replace(base, query_offset=base.query_offset + rows[0], allowed=mask.allowed)
+        surgery.now.where = replace(base.of_queries(*rows), allowed=mask.allowed)
         graph, arguments = _graph(surgery, call, chosen, mask.additive, rows)
 
         def at(site: str, tensor: Tensor, rows: Rows = rows) -> Tensor:

@@ -16,6 +16,7 @@ from surgery.sites import SITES
 class Where:
     """Where in the sequence a call is. Offsets: absolute position of the first query and of the first key.
 
+    Where one row holds several sequences, offsets are (query,) and (key,): each one's position less its place in the row.
     is_cross: keys are of another sequence than queries.
     filled: number of positions that have keys by now, as a static cache has more room than that; None for all.
     allowed: boolean (batch | 1, head | 1, query, key), which keys a query may attend to; None for all, or not known.
@@ -38,6 +39,12 @@ class Where:
         if self.allowed is None or self.allowed.shape[0] == 1:
             return self
         return replace(self, allowed=self.allowed[first:last])
+
+    def of_queries(self, first: int, last: int) -> Where:
+        """The same for some of the queries."""
+        offset = self.query_offset
+        is_packed = isinstance(offset, Tensor) and offset.dim() == 1
+        return replace(self, query_offset=(offset[first:last] if is_packed else offset) + first)
 
     def has_room(self, site: str) -> bool:
         """Whether a site's rows may be those of a cache that is not full yet."""

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import surgery.unfused
-from surgery import CacheError, Edit, Freeze, MaskError, capture, patch_model, unpatch_model
+from surgery import Edit, Freeze, MaskError, capture, patch_model, unpatch_model
 from surgery.masks import Mask, to_additive
 from surgery.reconstruction import Reconstruction
 
@@ -492,21 +492,6 @@ def test_no_mask_under_an_unknown_implementation_is_an_error(name: str, monkeypa
             # Three heads of four ran in another kernel.
             assert torch.allclose(patch_model(model, cut)(tokens(), attention_mask=mask).logits, expected, atol=1e-4, rtol=1e-4)
             assert torch.allclose(model(tokens()[:, :1]).logits, eager(tokens()[:, :1]).logits, atol=1e-4), "one query sees all"
-
-
-def test_a_paged_cache_keeps_to_cuts_that_its_kernel_can_run() -> None:
-    """Continuous batching: transformers hands its paged cache to the kernel, which alone reads the keys in it."""
-    model = build("llama", "sdpa")
-    for cut in (Freeze("qk", heads=[1]), Freeze("ov", heads=[1]), Edit("result", "scale", 0.5)):
-        expected = whole(patch_model(model, cut), "none")
-        assert torch.equal(model(tokens(), cache=object()).logits, expected)
-    refused = (Edit("pattern", "scale", 0.5), Edit("v", "scale", 0.5), Freeze("ov", to="noise"), Freeze("ov", positions=[1]))
-    for cut in refused:
-        patch_model(model, cut)
-        with pytest.raises(CacheError, match=r"self_attn.*paged KV cache"):
-            model(tokens(), cache=object())
-    with pytest.raises(CacheError, match="every site; expected kernel='auto'"):
-        patch_model(model, kernel="eager")(tokens(), cache=object())
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,8 +14,9 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB
 from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from surgery import Edit, Freeze, PatchError, capture, patch_model, patched, unpatch_model
+from surgery import CacheError, Edit, Freeze, PatchError, capture, patch_model, patched, unpatch_model
 
 THREADS = 6
 
@@ -162,3 +165,192 @@ def test_a_capture_sees_the_forwards_of_all_threads() -> None:
             matching = [i for i, tensor in enumerate(left) if torch.equal(tensor, one[number])]
             assert matching, "what one forward alone shows is there"
             del left[matching[0]]
+
+
+# -- continuous batching ------------------------------------------------------------------------------------------------------
+
+PROMPTS = [prompt(number) for number in range(6)]
+PROMPTS += [PROMPTS[3] + [5, 9, 33], PROMPTS[3] + [5, 9, 34, 20], PROMPTS[3]]  # what pages may share
+
+PAGED: dict[str, Any] = {
+    "z": Freeze("ov", heads=[1]),
+    "z by position": Freeze("ov", heads=[0, 2], positions=[1, 4, 7]),
+    "noise": Freeze("both", to="noise", heads=[1], seed=2),
+    "v": Edit("v", "scale", 0.2, heads=[0], positions=[1, 4]),
+    "rot_k": Edit("rot_k", "scale", -1.0, positions=[0, 6], heads=[1, 2]),
+    "shared": Freeze("both", heads=[1], gqa="shared", positions=[2, 3]),
+    "k": Edit("k", "noise"),
+    "q": Edit("q", "scale", -1.0, positions=[2, 3, 4, 5, 6]),
+    "result": Edit("result", "zero", heads=[1], positions=[3, 6]),
+    "previous": Edit("pattern", "previous", heads=[2]),
+    "diagonal": Edit("pattern", "diagonal", positions=[2, 5]),
+    "first": Edit("pattern", "first", heads=[0, 1]),
+    "scores": Edit("scores", "add", torch.linspace(-9, 9, 20 * 20).sin().reshape(20, 20) * 9, heads=[0, 3]),
+}
+
+
+def paging(**options: Any) -> ContinuousBatchingConfig:
+    """Small pages and small batches, so that prompts are cut up, wait for each other, and pages are full and shared."""
+    names = inspect.signature(ContinuousBatchingConfig).parameters
+    page = "page_size" if "page_size" in names else "block_size"
+    return ContinuousBatchingConfig(**{"num_blocks": 64, "max_batch_tokens": 16, page: 4, **options})
+
+
+def greedily(**options: Any) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0, **options)
+
+
+def generate_batch(model: Any, prompts: list[list[int]], persistent: bool = False, **options: Any) -> list[Any]:
+    found = model.generate_batch(
+        prompts, generation_config=greedily(), continuous_batching_config=paging(**options), persistent_manager=persistent
+    )
+    assert all(one.error is None for one in found.values())
+    return list(found.values())
+
+
+def tokens_of(outputs: list[Any]) -> list[list[int]]:
+    return [one.generated_tokens for one in outputs]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+@pytest.mark.parametrize("cut", PAGED)
+def test_continuous_batching_writes_what_generate_writes(cut: str, kernel: Any) -> None:
+    model = build()
+    plain = [generate(model, tokens) for tokens in PROMPTS]
+    patch_model(model, PAGED[cut], kernel=kernel)
+    expected = [generate(model, tokens) for tokens in PROMPTS]
+    assert expected != plain, "the cut changes what is written"
+    assert tokens_of(generate_batch(model, PROMPTS)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("llama", "eager"), ("gpt2", "sdpa"), ("gpt2", "eager"), ("mistral", "sdpa"), ("mistral", "eager"), ("gemma3", "eager")],
+)
+def test_continuous_batching_in_other_kernels_and_under_windows(name: str, implementation: str) -> None:
+    """paged|eager takes the cache itself; GPT-2 hands no positions on; windows drop keys."""
+    model = patch_model(build(name, implementation), [PAGED[cut] for cut in ("z by position", "v", "rot_k", "previous")])
+    found = generate_batch(model, PROMPTS, return_logprobs=True)
+    for tokens, one in zip(PROMPTS, found, strict=True):
+        scores = scores_of(model, tokens).log_softmax(dim=-1)
+        assert one.generated_tokens == scores.argmax(dim=-1).tolist()
+        # Products over other lengths round differently.
+        assert torch.allclose(torch.tensor(one.logprobs), scores.amax(dim=-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_requests_that_come_late(sharing: bool) -> None:
+    model = patch_model(build(), [PAGED["noise"], PAGED["v"], PAGED["previous"]])
+    expected = {f"r{number}": generate(model, tokens) for number, tokens in enumerate(PROMPTS)}
+    manager = model.init_continuous_batching(greedily(), paging(allow_block_sharing=sharing))
+    manager.start()
+    try:
+        found = {}
+        for name, tokens in zip(expected, PROMPTS, strict=True):
+            manager.add_request(tokens, request_id=name, max_new_tokens=6)
+            if name in ("r1", "r4"):  # those before have begun, or are done
+                while not found:
+                    found |= {one.request_id: one for one in [manager.get_result(timeout=0.05)] if one is not None}
+        while len(found) < len(PROMPTS):
+            one = manager.get_result(timeout=30)
+            found[one.request_id] = one
+    finally:
+        manager.stop(block=True)
+    assert {name: one.generated_tokens for name, one in found.items()} == expected
+
+
+# Refused before anything runs.
+MIXING = {
+    "a callable at z": Edit("z", lambda z: z * 0.5),
+    "a mean of the current activations at z": Freeze("ov", to="mean"),
+    "'resample' at z, by rows": Freeze("ov", to="resample"),
+    "values by row of the batch at z": Edit("z", "add", torch.ones(2, 1, 1, 16)),
+}
+
+
+@pytest.mark.parametrize("found", MIXING)
+def test_cuts_that_would_mix_sequences_are_refused_where_they_are_asked_for(found: str) -> None:
+    model = patch_model(build(), MIXING[found])
+    with pytest.raises(CacheError, match=rf"self_attn' in continuous batching.*{found}.*model.generate"):
+        model.generate_batch(PROMPTS, generation_config=greedily(), continuous_batching_config=paging())
+    with pytest.raises(CacheError, match=found):
+        model.init_continuous_batching(greedily(), paging())
+    patch_model(model, PAGED["z"])
+    assert tokens_of(generate_batch(model, PROMPTS)) == [generate(model, tokens) for tokens in PROMPTS]
+
+
+def test_captures_and_attention_that_never_asks_the_cache_are_refused() -> None:
+    model = build()
+    with capture(model, "z"), pytest.raises(CacheError, match="a capture of z"):
+        generate_batch(model, PROMPTS)
+    with pytest.raises(CacheError, match="does not go through transformers' attention interface"):
+        generate_batch(patch_model(build("gptj"), PAGED["z"]), PROMPTS)
+
+
+def test_what_is_refused_in_the_managers_thread_is_an_error_of_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should a version of transformers begin otherwise, the forward itself still refuses."""
+    monkeypatch.setattr("surgery.classes.is_beginning", lambda: False)
+    model = patch_model(build(), Freeze("ov", to="resample"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = model.generate_batch(PROMPTS[:2], generation_config=greedily(), continuous_batching_config=paging())
+    assert all("'resample' at z" in one.error for one in found.values())
+
+
+def test_cuts_that_need_the_keys_are_refused_in_flash_attention() -> None:
+    model = patch_model(build(), PAGED["v"])
+    surgery = model.model.layers[0].self_attn._surgery
+    model.config._attn_implementation = "flash_attention_2"  # which is not installed; nothing runs
+    with pytest.raises(CacheError, match="work at v, whose keys flash attention reads"):
+        surgery.check_paged()
+    patch_model(model, PAGED["z by position"])
+    surgery.check_paged()
+
+
+def test_pages_that_were_filled_under_other_cuts_are_not_read() -> None:
+    model, long = build(), [prompt(number, 20) for number in range(3)]
+    plain = [generate(model, tokens) for tokens in long]
+    for spec in (None, PAGED["v"], PAGED["z"], None):
+        patch_model(model, spec)
+        expected = [generate(model, tokens) for tokens in long]
+        assert (expected == plain) == (spec is None)
+        for _ in range(2):  # with what the first has left in the pages
+            assert tokens_of(generate_batch(model, long, persistent=True)) == expected
+    manager = model._cached_continuous_batching_manager
+    unpatch_model(model)
+    assert not hasattr(model, "_cached_continuous_batching_manager") and manager.batch_processor is None
+    assert tokens_of(generate_batch(model, long, persistent=True)) == plain
+    patch_model(model, PAGED["z"])
+    assert not hasattr(model, "_cached_continuous_batching_manager")
+
+
+def test_cuts_do_not_change_while_a_manager_serves_the_model() -> None:
+    model = patch_model(build(), PAGED["z"])
+    expected = generate(model, PROMPTS[0])
+    manager = model.init_continuous_batching(greedily(), paging())
+    manager.start()
+    try:
+        for change in (
+            lambda: patch_model(model, PAGED["v"]),
+            lambda: patch_model(torch.nn.ModuleDict({"wrapped": model}), PAGED["v"]),
+            lambda: unpatch_model(model),
+            lambda: patched(model, None).__enter__(),
+            lambda: capture(model, "z").__enter__(),
+        ):
+            with pytest.raises(PatchError, match=r"continuous batching that serves this model.*manager.stop\(\)"):
+                change()
+        patch_model(build(), PAGED["v"])  # another model of the class is free
+        manager.add_request(PROMPTS[0], max_new_tokens=6)
+        assert manager.get_result(timeout=30).generated_tokens == expected
+    finally:
+        manager.stop(block=True)
+    patch_model(model, PAGED["v"])
+
+
+def test_a_block_that_ends_while_a_manager_serves_the_model_says_so() -> None:
+    model = build()
+    with pytest.raises(PatchError, match="the block has ended"), patched(model, PAGED["z"]):
+        manager = model.init_continuous_batching(greedily(), paging())
+        manager.start()
+    manager.stop(block=True)
+    assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
