@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import sys
 import threading
@@ -13,8 +14,13 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VOCAB
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers.cli.serving.model_manager import ModelManager, TimedModel
+from transformers.cli.serving.utils import GenerationState
 
 from surgery import CacheError, Edit, Freeze, PatchError, capture, patch_model, patched, unpatch_model
 
@@ -354,3 +360,72 @@ def test_a_block_that_ends_while_a_manager_serves_the_model_says_so() -> None:
         manager.start()
     manager.stop(block=True)
     assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+# -- pipelines and transformers serve -----------------------------------------------------------------------------------------
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of the tiny models' numbers."""
+    names = ["pad", "unknown", *(f"w{number}" for number in range(2, VOCAB))]
+    inner = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="unknown"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="unknown", pad_token="pad", padding_side="left")
+
+
+def text(tokens: list[int]) -> str:
+    return " ".join(f"w{token}" for token in tokens)
+
+
+def test_a_pipeline_under_requests_from_several_threads() -> None:
+    model = patch_model(build(), [PAGED["noise"], PAGED["v"], PAGED["previous"]])
+    pipe = pipeline("text-generation", model=model, tokenizer=words())
+
+    def ask(number: int) -> list[int]:
+        [answer] = pipe(text(prompt(number)), return_tensors=True, generation_config=greedily())
+        return answer["generated_token_ids"]
+
+    expected = [ask(number) for number in range(18)]
+    assert expected == [prompt(number) + generate(model, prompt(number)) for number in range(18)]
+    assert at_once(ask, range(18)) == expected
+    unpatch_model(model)
+    assert [ask(number) for number in range(18)] != expected
+
+
+@pytest.mark.parametrize("batching", [False, True])
+def test_requests_through_transformers_serve_have_the_cuts(batching: bool) -> None:
+    """What `transformers serve` does for a request, but the web server in front: its cache of models and its managers."""
+    model, tokenizer = patch_model(build(), [PAGED["noise"], PAGED["v"], PAGED["previous"]]), words()
+    expected = [generate(model, tokens) for tokens in PROMPTS]
+    models, state = ModelManager(model_timeout=-1), GenerationState(continuous_batching=batching, cb_config=paging())
+    name = models.process_model_name("cut")
+    models.loaded_models[name] = TimedModel(model, -1, tokenizer)
+
+    async def ask(number: int) -> list[int]:
+        served, processor = models.load_model_and_processor(name)
+        is_paged = state.use_continuous_batching(served, models.get_model_modality(served, processor))
+        manager = state.get_manager(name, use_cb=is_paged)
+        if is_paged:
+            manager.init_cb(served, greedily())
+            given: Any = {"input_ids": PROMPTS[number]}
+        else:
+            given = {"input_ids": torch.tensor([PROMPTS[number]])}
+        _, length, tokens = await manager.generate_non_streaming(served, processor, given, greedily(), f"r{number}")
+        assert length == len(PROMPTS[number])
+        return list(map(int, tokens))
+
+    async def ask_all() -> list[list[int]]:
+        return await asyncio.gather(*(ask(number) for number in range(len(PROMPTS))))
+
+    try:
+        assert asyncio.run(ask_all()) == expected
+    finally:
+        state.shutdown()
+        models.loaded_models[name]._timer.cancel()
+
+
+def test_what_serve_cannot_do_is_an_error_of_the_request() -> None:
+    model = patch_model(build(), Freeze("ov", to="resample"))
+    manager = GenerationState(continuous_batching=True, cb_config=paging()).get_manager("cut", use_cb=True)
+    with pytest.raises(CacheError, match="'resample' at z"):
+        manager.init_cb(model, greedily())
