@@ -19,7 +19,7 @@ from torch import nn
 from surgery.configs import config_view
 from surgery.core import Surgery
 from surgery.inline import Inline
-from surgery.paged import is_beginning
+from surgery.paged import beginning
 from surgery.reconstruction import Reconstruction
 from surgery.sites import SITES
 from surgery.taps import Tap, Tapped
@@ -49,8 +49,9 @@ class SurgicalAttention(Surgical):
 
     def train(self, mode: bool = True) -> Any:
         """As of every module. Continuous batching calls eval() before its thread begins, in which an error would get lost."""
-        if is_beginning():
-            self._surgery.check_paged()
+        with beginning(self) as is_batching:  # type: ignore[arg-type]
+            if is_batching:
+                self._surgery.check_paged()
         return super().train(mode)  # type: ignore[misc]
 
     @property

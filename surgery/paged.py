@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from surgery.errors import CacheError
 from surgery.interventions import Operation
 from surgery.plan import Plan
 from surgery.sites import MATRIX_SITES
@@ -56,14 +58,26 @@ def _mixes(operation: Operation) -> str:
     return ""
 
 
-def is_beginning() -> bool:
-    """Whether a manager of continuous batching is being made by this thread."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is ContinuousBatchingManager.__init__.__code__:
-            return True
+@contextmanager
+def beginning(module: nn.Module) -> Iterator[bool]:
+    """Whether this thread is making a manager of continuous batching; if the block raises, the manager has changed nothing.
+
+    module: the one that it is putting into evaluation mode, which it does right after it has changed the attention
+    implementation.
+    """
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not ContinuousBatchingManager.__init__.__code__:
         frame = frame.f_back
-    return False
+    try:
+        yield frame is not None
+    except CacheError:
+        if frame is not None:
+            manager, model = (frame.f_locals[name] for name in ("self", "model"))
+            if manager._original_attn_impl is not None:
+                model.set_attn_implementation(manager._original_attn_impl)
+            for part in model.modules():
+                part.training = part.training or module.training
+        raise
 
 
 def query_offset(kwargs: Mapping[str, Any], count: int) -> Tensor | None:

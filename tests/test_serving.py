@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -274,14 +275,17 @@ MIXING = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("found", MIXING)
-def test_cuts_that_would_mix_sequences_are_refused_where_they_are_asked_for(found: str) -> None:
-    model = patch_model(build(), MIXING[found])
+def test_cuts_that_would_mix_sequences_are_refused_where_they_are_asked_for(found: str, implementation: str) -> None:
+    model = patch_model(build("llama", implementation), MIXING[found]).train()
     with pytest.raises(CacheError, match=rf"self_attn' in continuous batching.*{found}.*model.generate"):
         model.generate_batch(PROMPTS, generation_config=greedily(), continuous_batching_config=paging())
     with pytest.raises(CacheError, match=found):
         model.init_continuous_batching(greedily(), paging())
-    patch_model(model, PAGED["z"])
+    assert model.config._attn_implementation == implementation, "nothing was changed"
+    assert all(module.training for module in model.modules())
+    patch_model(model.eval(), PAGED["z"])
     assert tokens_of(generate_batch(model, PROMPTS)) == [generate(model, tokens) for tokens in PROMPTS]
 
 
@@ -295,7 +299,7 @@ def test_captures_and_attention_that_never_asks_the_cache_are_refused() -> None:
 
 def test_what_is_refused_in_the_managers_thread_is_an_error_of_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should a version of transformers begin otherwise, the forward itself still refuses."""
-    monkeypatch.setattr("surgery.classes.is_beginning", lambda: False)
+    monkeypatch.setattr("surgery.classes.beginning", lambda module: nullcontext(False))
     model = patch_model(build(), Freeze("ov", to="resample"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
