@@ -131,6 +131,20 @@ def share_of(model: nn.Module, attention: Attention) -> Share | None:
     return None if found is None else Share(*found)
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether forwards of a model need all processes: its heads or weights are spread over them, or it keeps them in step."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrappers = FullyShardedDataParallel, DistributedDataParallel
+    if any(isinstance(module, wrappers) or getattr(module, "_tp_size", None) for module in model.modules()):
+        return True
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())  # ds_id: DeepSpeed's partitions
+
+
 def split_problems(attention: Attention, share: Share, plan: Plan) -> list[str]:
     """What cannot be done where heads are split."""
     found = []

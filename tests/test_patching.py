@@ -226,11 +226,12 @@ def test_places_share_what_they_are_patched_with() -> None:
     """Thousands of places, each with a copy of its head's activations, would be many times the run that these are of."""
     held: dict[int, Any] = {}
 
-    def run(sweep: Sweep, specs: list[Spec], read: Any) -> None:
+    def run(sweep: Sweep, specs: list[Spec], read: Any) -> list[np.ndarray]:
         for spec in specs:
             for cut in spec:
                 storage = cut.reference["self.0" if cut.layers == ("self.0",) else "self.1", "z"].untyped_storage()
                 held[storage.data_ptr()] = storage
+        return [np.zeros(sweep.rows)] * len(specs)
 
     model, clean, corrupted = FAMILIES["llama"].build(), inputs_of("llama", 0), inputs_of("llama", 1)
     with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from surgery.analysis.reading import Reading
 from surgery.analysis.statistics import corrected, paired
 from surgery.analysis.sweep import Checked, Sweep
 from surgery.analysis.tables import as_html, as_text
+from surgery.analysis.workers import workers_of
 from surgery.cuts import CIRCUITS
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
@@ -210,6 +211,8 @@ def ablation_study(
     resume: a file that results are appended to as they come; a study that was stopped goes on where it was, and one of another
       model (other weights, or cuts of its own), other data, other cuts or other metrics is refused: what the metrics give
       without cuts is measured each time and compared.
+    Over several processes (`surgery.analysis.workers`) forwards are divided; with `resume` each keeps what it did, and what one
+      did not get done is done by the next run, of as many processes as there are then.
     tokens: the most in one forward, which bounds memory (see Sweep). fast=False: every forward whole and alone.
     Effects come with intervals and p-values over examples, not over positions, of which only the former are independent.
     Raises SpecError or NoMatchError for selections that do not fit, before anything runs.
@@ -219,12 +222,15 @@ def ablation_study(
         raise SpecError(describe("ablation_study: confidence", repr(confidence), "a share between 0 and 1", do))
     reading, given = Reading(metrics), batches(model, data)
     cuts = _cuts(model, circuits, layers, heads, to, groups, reference, seeds, gqa)
-    journal = Journal(resume, {} if resume is None else _about(model, given, reading, cuts))
+    workers = workers_of(model)
+    journal = Journal(resume, {} if resume is None else _about(model, given, reading, cuts), workers)
     notes: list[str] = []
-    checked = Checked()
-    with tqdm(total=len(cuts) * len(given), desc="cutting heads", unit="cut", disable=not progress) as bar:
+    options = {"tokens": tokens, "fast": fast, "checked": Checked(), "workers": workers}
+    is_shown = progress and workers.is_main
+    with tqdm(total=len(cuts) * len(given), desc="cutting heads", unit="cut", disable=not is_shown) as bar:
         for number, batch in enumerate(given):
-            _measure(model, batch, number, cuts, reading, journal, notes, bar, tokens, fast, checked)
+            _measure(model, batch, number, cuts, reading, journal, notes, bar, options)
+    journal.close()
     results = [[journal.found[f"{n}/{cut.key}"] for n in range(len(given))] for cut in cuts]
     values = np.array([np.concatenate([np.array(part) for part in parts], axis=1) for parts in results])
     baseline = np.concatenate([np.array(journal.found[f"{n}/"]) for n in range(len(given))], axis=1)
@@ -250,21 +256,23 @@ def _measure(
     journal: Journal,
     notes: list[str],
     bar: Any,
-    tokens: int | None,
-    fast: bool,
-    checked: Checked,
+    options: Mapping[str, Any],
 ) -> None:
     """Runs the cuts that one batch lacks."""
     pending = [cut for cut in cuts if f"{number}/{cut.key}" not in journal.found]
     bar.update(len(cuts) - len(pending))
-    sweep = Sweep(model, batch, reading.positions, tokens=tokens, fast=fast, checked=checked)
+    sweep = Sweep(model, batch, reading.positions, **options)
     journal.confirm(f"{number}/", reading.read(model, batch, sweep.clean, sweep.clean))
 
-    def read(index: int, output: Any) -> None:
-        journal.add(f"{number}/{pending[index].key}", reading.read(model, batch, output, sweep.clean).tolist())
+    def read(index: int, output: Any) -> list[list[float]]:
+        values: list[list[float]] = reading.read(model, batch, output, sweep.clean).tolist()
+        journal.add(f"{number}/{pending[index].key}", values)
         bar.update()
+        return values
 
-    sweep.run([cut.spec for cut in pending], read)
+    found = sweep.run([cut.spec for cut in pending], read)
+    journal.found |= {f"{number}/{cut.key}": values for cut, values in zip(pending, found, strict=True)}
+    bar.update((number + 1) * len(cuts) - bar.n)  # what other processes did
     notes += [note for note in sweep.notes if note not in notes]
 
 

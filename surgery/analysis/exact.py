@@ -10,6 +10,7 @@ from surgery.analysis.baselines import Baseline
 from surgery.analysis.objective import Objective
 from surgery.analysis.reading import Reading
 from surgery.analysis.sweep import Sweep
+from surgery.analysis.workers import ALONE, Workers
 
 Node = tuple[str, int, str]
 """An address, a head's number, a circuit."""
@@ -25,19 +26,17 @@ class Exact:
     notes: tuple[str, ...]
 
 
-def exact_changes(objective: Objective, nodes: Sequence[Node], baseline: Baseline, tokens: int | None = None) -> Exact:
-    """Replaces each node by itself. tokens: see `surgery.analysis.sweep.Sweep`."""
+def exact_changes(
+    objective: Objective, nodes: Sequence[Node], baseline: Baseline, tokens: int | None = None, workers: Workers = ALONE
+) -> Exact:
+    """Replaces each node by itself. tokens, workers: see `surgery.analysis.sweep.Sweep`."""
     reading = Reading(objective.metric)
-    sweep = Sweep(objective.model, objective.inputs, reading.positions, tokens=tokens)
+    sweep = Sweep(objective.model, objective.inputs, reading.positions, tokens=tokens, workers=workers)
 
     def measured(output: Any) -> float:
         return float(reading.read(objective.model, objective.inputs, output, sweep.clean).mean())
 
     start = measured(sweep.clean)
-    changes: dict[Node, float] = {}
-
-    def read(number: int, output: Any) -> None:
-        changes[nodes[number]] = measured(output) - start
-
-    sweep.run([baseline.edits(address, [head], circuit) for address, head, circuit in nodes], read)
-    return Exact(changes, start, 1 + sweep.forwards, tuple(sweep.notes))
+    specs = [baseline.edits(address, [head], circuit) for address, head, circuit in nodes]
+    changes = sweep.run(specs, lambda _, output: measured(output) - start)
+    return Exact(dict(zip(nodes, changes, strict=True)), start, 1 + sweep.forwards, tuple(sweep.notes))

@@ -24,6 +24,7 @@ from surgery.analysis.integrated import PATHS, integrated
 from surgery.analysis.metrics import Metric
 from surgery.analysis.objective import Objective
 from surgery.analysis.tables import as_html, as_text
+from surgery.analysis.workers import Workers, workers_of
 from surgery.errors import SpecError, closest, describe
 from surgery.lower import lower
 from surgery.patch import anatomy_of, as_spec, cuts_of, patched
@@ -233,6 +234,7 @@ def head_importance(
       that they stand in for are cut.
     edges: also edge attribution, between all of these heads, or from them to some, each (address or layer, head): a backward
       through half the model for each receiving head's q, k and v. tokens: see `surgery.analysis.sweep.Sweep`.
+    Over several processes (`surgery.analysis.workers`) what is done exactly is divided; estimates are made in each.
     Raises SpecError or NoMatchError for what does not fit, before anything runs.
     """
     circuits = [circuits] if isinstance(circuits, str) else list(dict.fromkeys(circuits))
@@ -249,7 +251,7 @@ def head_importance(
     if corrupted is not None:
         others = _only_batch(model, corrupted, "corrupted")
     base, kernel = cuts_of(model)
-    cuts = base + as_spec(given)
+    cuts, workers = base + as_spec(given), workers_of(model)
     with patched(model, cuts, kernel=kernel, strict=False):
         chosen = _selection(model, layers, heads)
         receivers = chosen if edges is True else _receivers(model, pairs_of(edges, "edges", "True, or ") if edges else ())
@@ -258,13 +260,15 @@ def head_importance(
         baseline = baseline_of(objective, to, others, chosen, list(dict.fromkeys(site for some in sites for site in some)))
         nodes = [(address, head, circuit) for address, own in chosen for head in own for circuit in circuits]
         if method == "ablation":
-            done = exact_changes(objective, nodes, baseline, tokens)
+            done = exact_changes(objective, nodes, baseline, tokens, workers)
             rows = [(*node, done.changes[node], np.nan, done.changes[node]) for node in nodes]
             found = Importance(_frame(rows), method, objective.metric, done.start, {})
             found.forwards, found.notes = done.forwards, list(done.notes)
         else:
             found = _estimated(objective, method, chosen, circuits, baseline, steps, path, drop_layers)
-            _verify(found, objective, baseline, verify_top, sample, seed, tokens)
+            if verify_top or sample:
+                found = workers.once(lambda: found)  # one ranking, where processes round otherwise
+            _verify(found, objective, baseline, verify_top, sample, seed, tokens, workers)
             found.notes += _doubts(found)
         if edges:
             found.edges = edge_scores(objective, chosen, receivers, baseline)
@@ -315,7 +319,14 @@ def _frame(rows: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
 
 
 def _verify(
-    found: Importance, objective: Objective, baseline: Baseline, top: int, sample: int, seed: int, tokens: int | None
+    found: Importance,
+    objective: Objective,
+    baseline: Baseline,
+    top: int,
+    sample: int,
+    seed: int,
+    tokens: int | None,
+    workers: Workers,
 ) -> None:
     """Fills in the exact changes of the best rows and of some others."""
     best = found.top(top).index.tolist()
@@ -325,7 +336,7 @@ def _verify(
         return
     rows = found.frame.loc[chosen]
     nodes: list[Node] = list(zip(rows["address"], map(int, rows["head"]), rows["circuit"], strict=True))
-    done = exact_changes(objective, nodes, baseline, tokens)
+    done = exact_changes(objective, nodes, baseline, tokens, workers)
     found.frame.loc[chosen, "exact"] = [done.changes[node] for node in nodes]
     found.forwards, found.notes = done.forwards, list(done.notes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.analysis.workers import ALONE, Workers
 from surgery.errors import SpecError, describe
 
 LENGTH = 16
@@ -26,37 +28,70 @@ class Journal:
 
     path: None keeps nothing on disk. about: what must be the same for results to go together; a file that says otherwise is
     refused with SpecError, as is one that something else has written. A last line that was cut off counts as not written.
+    workers: those that work is divided over. Each but the main one has a file of its own beside it, "<name>.part1" and so on;
+    whoever opens the journal next, and `close`, put these into the one file.
     """
 
-    def __init__(self, path: str | Path | None, about: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(self, path: str | Path | None, about: Mapping[str, Any], workers: Workers = ALONE) -> None:
+        self.path = None if path is None else (known := Path(path))
         self.found: dict[str, Any] = {}
         self.about = json.loads(json.dumps(about))
+        self.workers = workers
         if self.path is None:
             return
-        if self.path.exists() and self.path.stat().st_size:
-            self._read(self.path)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"about": self.about})
+        workers.agree(f"resume={str(path)!r}", self.about)
+        self.found = workers.once(lambda: self._claimed(known))
+        self.own = known if workers.is_main else known.with_name(f"{known.name}.part{workers.number}")
+        self.written = set(self.found)
 
     def add(self, key: str, result: Any) -> None:
-        """Keeps a result, on disk before it returns."""
+        """Keeps a result of this process, on disk before it returns."""
         self.found[key] = result
-        if self.path is not None:
-            self._append({"key": key, "result": result})
+        if self.path is not None and (self.workers.is_main or self.workers.is_divided):
+            self._append(self.own, {"key": key, "result": result})
+            self.written.add(key)
+
+    def close(self) -> None:
+        """All that was found by any process goes into the one file."""
+        if self.path is None:
+            return
+        if self.workers.is_main:
+            for key in [key for key in self.found if key not in self.written]:
+                self.add(key, self.found[key])
+        self.workers.once(lambda: None)
+        if self.workers.is_divided and not self.workers.is_main:
+            self.own.unlink(missing_ok=True)
 
     def confirm(self, key: str, result: np.ndarray) -> None:
         """Adds a result (.., example) that is measured in every run. Raises SpecError if the file has another one."""
         if key not in self.found:
-            self.add(key, result.tolist())
+            self.found[key] = result.tolist()
+            if self.workers.is_main:
+                self.add(key, self.found[key])
             return
         known = np.array(self.found[key], dtype=np.float64)
         largest = np.abs(np.where(np.isfinite(result), result, 0)).max(-1, keepdims=True)
         if known.shape != result.shape or not np.isclose(known, result, rtol=0, atol=CLOSE * largest, equal_nan=True).all():
             raise self._refuse(f"another study (results without cuts: {_few(known)})", f"{_few(result)}, as they are now")
 
-    def _read(self, path: Path) -> None:
+    def _claimed(self, path: Path) -> dict[str, Any]:
+        """What is known already. Begins the file, or puts the parts that other processes left into it."""
+        found: dict[str, Any] = {}
+        if path.exists() and path.stat().st_size:
+            found = self._read(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(path, {"about": self.about})
+        for part in sorted(p for p in path.parent.iterdir() if re.fullmatch(rf"{re.escape(path.name)}\.part\d+", p.name)):
+            if b"\n" in part.read_bytes():  # else its process ended while it wrote the first line
+                for key, result in self._read(part).items():
+                    if key not in found:
+                        found[key] = result
+                        self._append(path, {"key": key, "result": result})
+            part.unlink()
+        return found
+
+    def _read(self, path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
@@ -64,9 +99,9 @@ class Journal:
         try:
             head, *rest = [json.loads(line) for line in lines]
             about = head["about"]
-            self.found = {entry["key"]: entry["result"] for entry in rest}
+            found = {entry["key"]: entry["result"] for entry in rest}
         except (ValueError, KeyError, TypeError):
-            raise self._refuse("lines of something else", "the results of a study") from None
+            raise self._refuse(f"lines of something else in {path.name}", "the results of a study") from None
         if about != self.about:
             keys = [key for key in {**about, **self.about} if about.get(key) != self.about.get(key)]
             changes = "; ".join(f"{key}: {about.get(key)!r}" for key in keys)
@@ -74,11 +109,12 @@ class Journal:
             raise self._refuse(f"another study ({changes})", expected)
         with path.open("r+", encoding="utf-8") as file:  # a line that was cut off would spoil the next
             file.truncate(len("".join(lines).encode()))
+        return found
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        assert self.path is not None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+    def _append(self, path: Path, entry: Mapping[str, Any]) -> None:
+        lines = [entry] if path.exists() or "about" in entry else [{"about": self.about}, entry]
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
 
@@ -92,6 +128,8 @@ def digest(named: Iterable[tuple[str, Any]]) -> str:
     for name, value in named:
         if not isinstance(value, Tensor):
             found.update(f"{name} {value!r};".encode())
+        elif hasattr(value, "full_tensor"):  # spread over processes, all of which ask for this hash
+            found.update(f"{name} {digest([('', value.full_tensor())])};".encode())
         elif hasattr(value, "__tensor_flatten__"):  # quantized weights hold tensors
             parts, more = value.__tensor_flatten__()
             found.update(f"{name} {digest((part, getattr(value, part)) for part in parts)} {more!r};".encode())

@@ -18,6 +18,7 @@ from surgery.analysis.outcome import Patching
 from surgery.analysis.pairs import Observed, measured, observe, paired_batches, part, patch, replacement
 from surgery.analysis.reading import Reading
 from surgery.analysis.sweep import Checked
+from surgery.analysis.workers import workers_of
 from surgery.anatomy import Anatomy, Attention
 from surgery.cuts import GROUPED
 from surgery.errors import SpecError, closest, describe
@@ -76,7 +77,8 @@ def activation_patching(
       and puts the clean activations in, which shows what is enough to bring it back.
     to: of noising: "corrupted", "zero", "mean" (over batch and positions of the run itself), "resample" (another row of
       the batch, by seed), or a Reference (of a data set, or of another run). Then corrupted inputs only scale `recovery`.
-    tokens, fast: see Sweep. Raises SpecError or NoMatchError for what does not fit.
+    tokens, fast: see Sweep. Over several processes (`surgery.analysis.workers`) forwards are divided.
+    Raises SpecError or NoMatchError for what does not fit.
     """
     reading, anatomy = Reading([metric]), anatomy_of(model)
     sites = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
@@ -97,8 +99,9 @@ def activation_patching(
     runs: dict[str, list[np.ndarray]] = {"clean": [], "corrupted": []}
     notes: list[str] = []
     forwards = 0.0
-    options = {"tokens": tokens, "fast": fast, "checked": Checked()}
-    with tqdm(desc="patching", unit="patch", disable=not progress) as bar:
+    workers = workers_of(model)
+    options = {"tokens": tokens, "fast": fast, "checked": Checked(), "workers": workers}
+    with tqdm(desc="patching", unit="patch", disable=not (progress and workers.is_main)) as bar:
         for mine, theirs in paired_batches(model, clean, corrupted):
             pair = _observed(model, mine, theirs, reading, sites, layers, choice, direction, options)
             for name, observed in pair.items():
@@ -173,12 +176,13 @@ def _patch(
     shape = tuple(len(labels) for labels in axes.values())
     values, present = np.full((*shape, rows), np.nan), np.zeros((*shape, 1), dtype=bool)
 
-    def read(number: int, output: Any) -> None:
-        values[cells[number]] = measured(model, reading, output, clean)
-        present[cells[number]] = True
+    def read(number: int, output: Any) -> np.ndarray:
         bar.update()
+        return measured(model, reading, output, clean)
 
-    base.sweep.run(specs, read)
+    for cell, found in zip(cells, base.sweep.run(specs, read), strict=True):
+        values[cell], present[cell] = found, True
+    bar.update(bar.total - bar.n)  # what other processes did
     metric = reading.metrics[0]
     return Labelled(values, {**axes, "example": range(rows)}, metric.name, metric.unit, present)
 

@@ -23,7 +23,8 @@ from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
 from surgery.analysis.pairs import Observed, measured, paired_batches, patch, replacement
 from surgery.analysis.reading import Reading
-from surgery.analysis.sweep import Checked, Sweep
+from surgery.analysis.sweep import Checked, Sweep, require_same
+from surgery.analysis.workers import Workers, workers_of
 from surgery.anatomy import Anatomy
 from surgery.errors import NoMatchError, NotFiredWarning, SpecError, describe
 from surgery.patch import anatomy_of, probed
@@ -73,6 +74,7 @@ def path_patching(
     A sender that runs after a receiver, or in the same attention, has no path to it: the value is the clean one, without a run.
     Terms of scores that a family computes from q outside the dot product (relative positions of some encoders) stay clean.
     tokens: the most in one forward (see Sweep), which also bounds how many senders are kept at a time.
+    Over several processes (`surgery.analysis.workers`) senders are divided.
     Raises SpecError or NoMatchError for what does not fit, or where layers share an attention.
     """
     reading, anatomy = Reading([metric]), anatomy_of(model)
@@ -84,16 +86,15 @@ def path_patching(
     notes: list[str] = []
     ran: set[Head] = set()
     forwards = 0.0
-    options = {"tokens": tokens, "fast": fast, "checked": Checked()}
-    with tqdm(desc="patching paths", unit="path", disable=not progress) as bar:
+    options, workers = {"tokens": tokens, "fast": fast, "checked": Checked()}, workers_of(model)
+    with tqdm(desc="patching paths", unit="path", disable=not (progress and workers.is_main)) as bar:
         for mine, theirs in paired_batches(model, clean, corrupted):
             batch = _Paths(model, anatomy, reading, mine, theirs, to, seed, freeze_mlps, options)
             todo = batch.existing(chosen, senders == "all")
             bar.total = (bar.total or 0) + len(todo) * len(targets)
             parts.append(np.full((len(targets), len(chosen), batch.sweep.rows), np.nan))
-            for sender, target, values in batch.run(todo, targets):
+            for sender, target, values in batch.run(todo, targets, workers, bar):
                 parts[-1][targets.index(target), chosen.index(sender)] = values
-                bar.update()
             runs["clean"].append(batch.clean)
             if batch.corrupted is not None:
                 runs["corrupted"].append(batch.corrupted)
@@ -145,24 +146,45 @@ class _Paths:
             raise NoMatchError(describe("senders", ", ".join(missing), f"heads of {', '.join(self.order)}", do))
         return [sender for sender in senders if sender[0] in self.z]
 
-    def run(self, senders: Sequence[Head], receivers: Sequence[Receiver]) -> Iterator[tuple[Head, Receiver, np.ndarray]]:
+    def run(
+        self, senders: Sequence[Head], receivers: Sequence[Receiver], workers: Workers, bar: Any
+    ) -> Iterator[tuple[Head, Receiver, np.ndarray]]:
         """The metric (example,) of each sender and receiver. Senders of one attention go together, as many as fit."""
+        require_same(workers, self.observed.batch, self.sweep.clean)
+        groups = []
         for address in dict.fromkeys(address for address, _ in senders):
             heads = [head for where, head in senders if where == address]
-            later = self.order[self.order.index(address) + 1 :]
-            reached = [[i for i in receiver.inputs if i[0] in later] for receiver in receivers]
-            for first in range(0, len(heads), self.sweep.copies):
-                group = heads[first : first + self.sweep.copies]
-                wanted = {i for inputs in reached for i in inputs}
-                is_direct = any(not receiver.inputs for receiver in receivers)
-                direct, told = self._send(address, group, later, wanted) if wanted or is_direct else ([], {})
-                jobs = [(n, r) for n in range(len(group)) for r, inputs in enumerate(reached) if inputs]
-                specs = [self._receive(reached[r], {i: told[n, i] for i in reached[r]}) for n, r in jobs]
-                values = dict(zip(jobs, self._measure(specs), strict=True))
-                for n, head in enumerate(group):
-                    for r, receiver in enumerate(receivers):
-                        value = values.get((n, r), self.clean) if receiver.inputs else direct[n]
-                        yield (address, head), receiver, value
+            groups += [(address, heads[n : n + self.sweep.copies]) for n in range(0, len(heads), self.sweep.copies)]
+
+        def measure(group: tuple[str, list[int]]) -> tuple[list[list[np.ndarray]], float]:
+            self.sweep.forwards = 0.0
+            found = self._group(*group, receivers)
+            bar.update(len(found) * len(receivers))
+            return found, self.sweep.forwards
+
+        before = self.sweep.forwards
+        found = workers.each(groups, measure)
+        bar.update(bar.total - bar.n)  # what other processes did
+        self.sweep.forwards = before + sum(forwards for _, forwards in found)
+        for (address, heads), (values, _) in zip(groups, found, strict=True):
+            for head, own in zip(heads, values, strict=True):
+                for receiver, value in zip(receivers, own, strict=True):
+                    yield (address, head), receiver, value
+
+    def _group(self, address: str, heads: Sequence[int], receivers: Sequence[Receiver]) -> list[list[np.ndarray]]:
+        """By sender of one attention and by receiver."""
+        later = self.order[self.order.index(address) + 1 :]
+        reached = [[i for i in receiver.inputs if i[0] in later] for receiver in receivers]
+        wanted = {i for inputs in reached for i in inputs}
+        is_direct = any(not receiver.inputs for receiver in receivers)
+        direct, told = self._send(address, heads, later, wanted) if wanted or is_direct else ([], {})
+        jobs = [(n, r) for n in range(len(heads)) for r, inputs in enumerate(reached) if inputs]
+        specs = [self._receive(reached[r], {i: told[n, i] for i in reached[r]}) for n, r in jobs]
+        values = dict(zip(jobs, self._measure(specs), strict=True))
+        return [
+            [values.get((n, r), self.clean) if receiver.inputs else direct[n] for r, receiver in enumerate(receivers)]
+            for n in range(len(heads))
+        ]
 
     def _send(
         self, address: str, heads: Sequence[int], later: Sequence[str], wanted: set[Input]
@@ -175,18 +197,16 @@ class _Paths:
         for one in sorted(wanted):
             take = functools.partial(_note, last, one)
             probes.setdefault(one[0], []).append(Probe(SITES[one[2]], (one[1],), take))
-        direct: list[np.ndarray] = [self.clean] * len(heads)
         told: dict[tuple[int, Input], Tensor] = {}
 
-        def read(number: int, output: Any) -> None:
-            direct[number] = measured(self.model, self.reading, output, self.observed)
+        def read(number: int, output: Any) -> np.ndarray:
             for one, tensor in last.items():
                 rows = len(self.z[one[0]])  # a forward has all of these senders, or one
                 told[number, one] = tensor[number * rows :][:rows] if len(tensor) > rows else tensor
+            return measured(self.model, self.reading, output, self.observed)
 
         with probed(self.model, probes), self.held.holding() if self.held is not None else nullcontext():
-            self.sweep.run(specs, read)
-        return direct, told
+            return self.sweep.run(specs, read), told
 
     def _receive(self, inputs: Sequence[Input], values: dict[Input, Tensor]) -> Spec:
         """Run (3): the receiver's inputs of run (2), all else free."""
@@ -198,14 +218,8 @@ class _Paths:
         return Spec(edits)
 
     def _measure(self, specs: Sequence[Spec]) -> list[np.ndarray]:
-        found = [self.clean] * len(specs)
-
-        def read(number: int, output: Any) -> None:
-            found[number] = measured(self.model, self.reading, output, self.observed)
-
-        if specs:
-            self.sweep.run(specs, read)
-        return found
+        read = functools.partial(measured, self.model, self.reading, clean=self.observed)
+        return self.sweep.run(specs, lambda _, output: read(output)) if specs else []
 
 
 def _seen(

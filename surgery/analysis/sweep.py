@@ -12,22 +12,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.analysis.batches import rows_of
+from surgery.analysis.journal import LENGTH, digest
 from surgery.analysis.kept import Kept
 from surgery.analysis.narrow import narrowed, watching
 from surgery.analysis.replay import Layers, first_rows, recording, repeated, starting_at
+from surgery.analysis.workers import ALONE, Workers
 from surgery.blocks import Blocks
 from surgery.errors import NotFiredWarning, SpecError, describe
 from surgery.evaluation import evaluating, uncached
 from surgery.patch import anatomy_of, cuts_of, patched
 from surgery.spec import Freeze, Spec
 from surgery.taps import runs_on
+
+Result = TypeVar("Result")
 
 LOOP = -1
 """Of a start: a forward of its own for each spec."""
@@ -59,6 +63,7 @@ class Sweep:
     all. tokens: the most in one forward, which bounds memory beside the kept outputs of the layers; at least one copy of the
     batch runs; where an output has numbers of the whole batch (a loss), exactly one. fast=False: the plain loop.
     checked: fills as the sweep finds out; that of another batch of the same model may be given.
+    workers: `surgery.analysis.workers.workers_of(model)` divides forwards over the processes of a launcher.
     notes: why, where the plain loop or a whole forward was needed. forwards: whole forwards' worth of layer calls so far.
     Raises SpecError for tokens below 1.
     """
@@ -72,6 +77,7 @@ class Sweep:
         tokens: int | None = None,
         fast: bool = True,
         checked: Checked | None = None,
+        workers: Workers = ALONE,
     ) -> None:
         if tokens is not None and tokens < 1:
             raise SpecError(describe("sweep", f"tokens={tokens}", "1 or more", "Leave it out, and as many as fit are run."))
@@ -98,23 +104,40 @@ class Sweep:
             self.copies = 1
         self.checked = checked or Checked()
         self.is_fast = fast
+        self.workers = workers
+        require_same(workers, inputs, self.clean)
 
-    def run(self, specs: Sequence[Spec], read: Callable[[int, Any], None]) -> None:
-        """Calls read(number of the spec, output) for each, in the order of the layers where they begin.
+    def run(self, specs: Sequence[Spec], read: Callable[[int, Any], Result]) -> list[Result]:
+        """What read(number of the spec, output) gives for each spec, called in the order of the layers where they begin.
 
         The forward that gave an output is the last that ran, so that what probes saw of it is at hand: in blocks, a block for
         each spec of that forward, in their order.
         The output is the model's, with logits (batch, kept positions, vocabulary). Gradients are off.
+        Divided over workers, each process runs a part of the very forwards that one alone would run, and reads these; what was
+        read is the same, bit for bit on equal machines, and given to all.
         """
         starts = [self._start(spec) for spec in specs]
         order = sorted(range(len(specs)), key=starts.__getitem__)
+        chunks: list[list[int]] = []
+
+        def forward(chunk: list[int]) -> tuple[list[Result], float]:
+            self.forwards = 0.0
+            outputs = self._outputs([specs[number] for number in chunk], starts[chunk[0]])
+            return [read(number, output) for number, output in zip(chunk, outputs, strict=True)], self.forwards
+
         with torch.no_grad(), evaluating(self.model), patched(self.model, self.base, kernel=self.kernel, strict=False):
-            while order:
+            while order:  # before any runs, and in every process, so that all go the same way
                 chunk = self._chunk(order, starts)
-                outputs = self._outputs([specs[number] for number in chunk], starts[chunk[0]])
-                for number, output in zip(chunk, outputs, strict=True):
-                    read(number, output)
+                is_loop = self._start_of(specs[chunk[0]], starts[chunk[0]]) == LOOP
+                chunks += [[number] for number in chunk] if is_loop else [chunk]
                 del order[: len(chunk)]
+            before = self.forwards
+            parts = self.workers.each(chunks, forward)
+        self.forwards = before + sum(forwards for _, forwards in parts)
+        found: dict[int, Result] = {}
+        for chunk, (results, _) in zip(chunks, parts, strict=True):
+            found |= dict(zip(chunk, results, strict=True))
+        return [found[number] for number in range(len(specs))]
 
     def _addresses(self, spec: Spec) -> list[str]:
         return sorted({attention.address for cut in spec for attention in self.anatomy.select(cut.layers)})
@@ -210,7 +233,7 @@ class Sweep:
     def _note(self, text: str) -> None:
         if not self.notes:
             what, do = f"a sweep over a {type(self.model).__name__}", "It is slower, and gives the same numbers."
-            warnings.warn(describe(what, text, "what a whole forward gives", do), UserWarning, stacklevel=6)
+            warnings.warn(describe(what, text, "what a whole forward gives", do), UserWarning, stacklevel=5)
         self.notes.append(text)
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:
@@ -219,6 +242,20 @@ class Sweep:
         if logits is not None and logits is not output.logits:
             output.logits = logits
         return output
+
+
+def require_same(workers: Workers, inputs: Mapping[str, Any], clean: Any) -> None:
+    """Raises SurgeryError unless all processes have one batch and one model: outputs without cuts that differ by rounding."""
+    if workers.count == 1:
+        return
+    workers.agree("the data", digest(sorted(inputs.items()))[:LENGTH])
+    leaves = [leaf for leaf in tree_leaves(clean) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
+    sizes = [float(leaf.double().abs().nan_to_num().mean()) for leaf in leaves]
+    workers.agree("outputs without cuts", sizes, lambda a, b: len(a) == len(b) and all(map(_about_equal, a, b)))
+
+
+def _about_equal(a: float, b: float) -> bool:
+    return abs(a - b) <= ROUGH * max(abs(a), abs(b))
 
 
 def _block(output: Any, index: int, rows: int) -> Any:

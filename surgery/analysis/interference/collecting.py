@@ -16,10 +16,11 @@ from surgery.analysis.interference.folder import Folder
 from surgery.analysis.interference.gradients import Gradients
 from surgery.analysis.interference.identity import data_of, loss_of, samples_of
 from surgery.analysis.interference.store import Part
-from surgery.analysis.journal import weights_of
+from surgery.analysis.journal import LENGTH, digest, weights_of
 from surgery.analysis.kept import Kept
 from surgery.analysis.metrics import Measured, Metric, as_metric
 from surgery.analysis.metrics import loss as next_token_loss
+from surgery.analysis.workers import workers_of
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe, listing
 from surgery.evaluation import keeping_state, uncached
 from surgery.fields import listed
@@ -50,6 +51,8 @@ def collect(
       more row of each head's gradient (that of O belongs to no head).
     query_heads: where query heads share heads of k and v, keep apart what comes through each of them, for
       `heatmap(query_heads=True)`: so many more gradients at k and v, and a backward of each attention for each.
+    Over several processes (`surgery.analysis.workers`) batches are divided, and each process gets the gradients of all: to keep
+      them once, name a folder that all processes see.
     resume: a folder for the factors, where an interrupted collection goes on; else they are
       kept in memory: 4 bytes × samples × positions × about 6 d_model for each layer (2 for half precision).
     In the first batch, samples are checked to be computed each by itself. Raises SpecError (mode, data, samples without a loss
@@ -73,28 +76,39 @@ def collect(
     is_split = query_heads and any(block.group > 1 for block in blocks)
     content = {"task": task, "about": about, "blocks": [block.key for block in blocks], "query_heads": is_split}
     contents = [data_of(batch) for batch in given]
+    workers = workers_of(model)
+    workers.agree("collect", digest([("", content), ("", contents)])[:LENGTH])
     folder, done = None, {}
     if resume is not None:
         folder = Folder(resume)
-        done = folder.claim(content, contents)
-    parts: list[Part] = []
+        done = workers.once(lambda: folder.claim(content, contents))
+    pending = [number for number in range(len(given)) if number not in done]
     is_checked = False
+
+    def part_of(number: int) -> Part:
+        nonlocal is_checked
+        checks = not is_checked and rows_of(given[number]) > 1
+        options = {"biases": biases, "query_heads": is_split, "checks": checks}
+        part = _collected(model, given[number], contents[number], blocks, metric, **options)
+        is_checked = is_checked or checks
+        bar.update()
+        if folder is None:
+            return part
+        file = folder.file(number)
+        return part.written(file) if workers.is_divided else workers.once(lambda: part.written(file))
+
+    is_shown = progress and workers.is_main
     with (
         keeping_state(model),
         patched(model, spec, kernel=kernel),
-        tqdm(total=len(given), desc=f"gradients of {task}", disable=not progress) as bar,
+        tqdm(total=len(given), initial=len(done), desc=f"gradients of {task}", disable=not is_shown) as bar,
     ):
-        for number, (batch, data_hash) in enumerate(zip(given, contents, strict=True)):
-            part = done.get(number)
-            if part is None:
-                checks = not is_checked and rows_of(batch) > 1
-                part = _collected(model, batch, data_hash, blocks, metric, biases=biases, query_heads=is_split, checks=checks)
-                is_checked = is_checked or checks
-                if folder is not None:
-                    part.write(folder.file(number))
-                    part = Part.read(folder.file(number))
-            parts.append(part)
-            bar.update()
+        done |= dict(zip(pending, workers.each(pending, part_of), strict=True))
+        bar.update(len(given) - bar.n)  # what other processes did
+    parts = [done[number] for number in range(len(given))]
+    if unseen := [str(part.path) for part in parts if part.path is not None and not part.path.exists()]:
+        do = "Name a folder that all processes share, or leave `resume` out."
+        raise SpecError(describe(f"collect, process {workers.number}", f"no file {unseen[0]}", "what another one wrote", do))
     return Gradients(task, blocks, parts, about)
 
 

@@ -49,6 +49,11 @@ class Part:
         tensors = self.tensors if self.path is None else read_tensors(self.path)
         write_tensors(path, KIND, {"about": self.about, "names": self.names}, tensors)
 
+    def written(self, path: Path) -> Part:
+        """The same in a file, and no longer in memory."""
+        self.write(path)
+        return self.read(path)
+
     @classmethod
     def read(cls, path: Path) -> Part:
         """What `write` wrote. Raises SpecError for another file."""

@@ -1,0 +1,169 @@
+"""Work divided over the processes of a launcher (`torchrun`, `accelerate launch`): each does a part, all get everything.
+
+Every process has the whole model and makes the same calls on the same data. A model that the processes share (its heads or its
+weights are spread over them, or its forwards keep them in step) needs all of them in every forward: there nothing is divided,
+all do the same, and what is kept on disk is written by the main process alone. A single process imports nothing for this.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+
+from surgery.errors import SurgeryError, describe
+from surgery.shares import is_shared
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WAIT = timedelta(days=2)
+"""How long a process waits for the slowest; one that died is noticed by the launcher, which ends the others."""
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """number: of this process, from 0. count: of all. is_divided: each does a part of the work; else all do all of it."""
+
+    number: int = 0
+    count: int = 1
+    is_divided: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and draws progress bars."""
+        return self.number == 0
+
+    def each(self, items: Sequence[Item], do: Callable[[Item], Result]) -> list[Result]:
+        """What `do` gives for each item, in their order; divided, each process does every count-th.
+
+        What one process raises, it raises there; the others raise SurgeryError with its message.
+        """
+        if not self.is_divided:
+            return [do(item) for item in items]
+        # Dealt like cards: neighbours cost about the same, so that each process has as much to do.
+        dealt = [number for first in range(self.count) for number in range(first, len(items), self.count)]
+        found: dict[int, Result] = {}
+        with _state().split_between_processes(dealt) as own:
+            self._together(lambda: found.update({number: do(items[number]) for number in own}))
+        parts = self._gather((len(items), found))
+        if len({length for length, _ in parts}) > 1:
+            raise _differ("the work", [f"{length} items" for length, _ in parts])
+        merged = {number: result for _, part in parts for number, result in part.items()}
+        return [merged[number] for number in range(len(items))]
+
+    def once(self, do: Callable[[], Result]) -> Result:
+        """What `do` gives in the main process, in all of them. What it raises, all raise as in `each`."""
+        if self.count == 1:
+            return do()
+        found: list[Any] = [None]
+
+        def main() -> None:
+            if self.is_main:
+                found[0] = do()
+
+        self._together(main)
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(found)
+        return found[0]
+
+    def agree(self, what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> None:
+        """Raises SurgeryError, in all processes, unless each has the same plain data."""
+        if self.count == 1:
+            return
+        values = self._gather(value)
+        if not all(same(one, values[0]) for one in values):
+            raise _differ(what, values)
+
+    def _together(self, do: Callable[[], Any]) -> None:
+        """Raises what `do` raises here; SurgeryError if it raises elsewhere, so that nobody waits for results."""
+        mine: Exception | None = None
+        try:
+            do()
+        except Exception as error:
+            mine = error
+        failures = self._gather(None if mine is None else f"{type(mine).__name__}: {mine}")
+        if mine is not None:
+            raise mine
+        for number, failure in enumerate(failures):
+            if failure is not None:
+                do_this = "Mend what failed there; with `resume` what was done is not lost."
+                raise SurgeryError(describe(f"process {number} of {self.count}", failure, "its part of the work", do_this))
+
+    def _gather(self, value: Any) -> list[Any]:
+        """By process."""
+        _state()
+        from accelerate.utils import gather_object
+
+        return list(gather_object([value]))
+
+
+ALONE = Workers()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For the length of the block this process works by itself: others need not make the same calls, nor on the same data."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def workers_of(model: nn.Module) -> Workers:
+    """The processes that work on a model is divided over: all of the launcher's, or ALONE.
+
+    Raises SurgeryError where there are several processes and accelerate is missing, or does not see them.
+    """
+    if _alone.get() or processes() == 1:
+        return ALONE
+    if is_shared(model):
+        return Workers(distributed.get_rank(), distributed.get_world_size())
+    state = _state()
+    return Workers(state.process_index, state.num_processes, is_divided=True)
+
+
+def processes() -> int:
+    """How many a launcher started, or are in the process group."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def _state() -> Any:
+    """accelerate's state of the processes, which begins the process group if nobody has."""
+    what, count = "work over several processes", processes()
+    stay = "or do this inside `with surgery.analysis.workers.alone():` in each process that is to do all of it."
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        do = f"pip install 'attention-surgery[distributed]', {stay}"
+        raise SurgeryError(describe(what, f"{count} processes and no accelerate", "accelerate, which divides it", do)) from None
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    is_cpu = accelerator is None or accelerator.type == "mps"  # MPS is one device, and has no process groups
+    is_cpu |= os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    begun = distributed.is_available() and distributed.is_initialized()
+    state = PartialState(cpu=is_cpu, **({} if begun or PartialState._shared_state else {"timeout": WAIT}))
+    if state.num_processes != count:
+        found = f"{count} processes, of which accelerate's PartialState sees {state.num_processes}"
+        do = f"Start them with torchrun or accelerate launch, make no PartialState before, on CPUs with cpu=True, {stay}"
+        raise SurgeryError(describe(what, found, "as many in both", do))
+    return state
+
+
+def _differ(what: str, values: Sequence[Any]) -> SurgeryError:
+    shown = "; ".join(f"process {number}: {value!r}" for number, value in enumerate(values))
+    do = "Make the same call everywhere, or one of each process's own inside `with surgery.analysis.workers.alone():`."
+    return SurgeryError(describe(f"{what}, over {len(values)} processes", shown, "the same in all", do))
