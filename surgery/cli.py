@@ -5,6 +5,7 @@ Exit codes: 0 good, 1 the model or files are wrong, 2 wrong usage.
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -41,13 +42,24 @@ def _print_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
+DIVIDED = ("ablate", "importance", "patching", "interference")
+"""Commands whose work several processes share."""
+
+
 @app.callback()
 def options(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """What stands before a command."""
+    count = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if count > 1 and context.invoked_subcommand not in DIVIDED:
+        found = f"found {count} processes of a launcher; expected one, or a command that divides its work:"
+        raise typer.BadParameter(
+            f"{found} {', '.join(DIVIDED)}. Start it without torchrun.", param_hint=context.invoked_subcommand
+        )
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from accelerate import PartialState
 from families import FAMILIES
+from test_commands import invoke
+from worded import write_worded
 
 from surgery import SpecError, SurgeryError
 from surgery.analysis.journal import Journal
@@ -170,6 +172,29 @@ def test_a_state_that_does_not_see_the_processes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SurgeryError, match="found 2 processes, of which accelerate's PartialState sees 1; expected as many"):
         workers_of(torch.nn.Linear(1, 1))
+
+
+def command(count: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    return launch([*TORCHRUN, f"--nproc-per-node={count}", "-m", "surgery", *map(str, arguments)], TERM="dumb")
+
+
+def test_a_command_of_two_processes(tmp_path: Path) -> None:
+    """One of them writes and speaks."""
+    given = (write_worded(tmp_path / "model"), "--rows", 6, "--batch", 4, "--json")
+    found = command(2, "ablate", *given, "--out", tmp_path / "two")
+    assert found.returncode == 0, found.stderr
+    assert invoke("ablate", *given, "--out", tmp_path / "one").exit_code == 0
+    assert len(json.loads(found.stdout)["rows"]) == 24
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("one", "two")]
+    assert names[0] == names[1] and len(names[0]) == 7
+    assert len({(tmp_path / folder / "study.csv").read_text(encoding="utf-8") for folder in ("one", "two")}) == 1
+
+
+def test_a_command_that_divides_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("schema")
+    assert result.exit_code == 2 and "found 2 processes of a launcher" in " ".join(result.output.replace("│", "").split())
 
 
 def test_families_are_what_these_tests_take_them_for() -> None:

@@ -77,7 +77,8 @@ ORDER = [
     "surgery.commands.lines", "surgery.commands.interference",
     "surgery.commands.demo",
     "surgery.commands.inspect", "surgery.commands.patch", "surgery.commands.verify", "surgery.commands.generate",
-    "surgery.commands.families", "surgery.commands.schema", "surgery.commands.bench", "surgery.cli",      # on top
+    "surgery.commands.families", "surgery.commands.schema", "surgery.commands.bench",
+    "surgery.cli", "surgery.__main__",                                                                    # on top
 ]  # fmt: skip
 ENGINE = ORDER[: ORDER.index("surgery") + 1]
 

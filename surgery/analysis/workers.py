@@ -127,10 +127,14 @@ def workers_of(model: nn.Module) -> Workers:
 
     Raises SurgeryError where there are several processes and accelerate is missing, or does not see them.
     """
+    is_single = _alone.get() or processes() == 1
+    return launched() if is_single or not is_shared(model) else Workers(distributed.get_rank(), distributed.get_world_size())
+
+
+def launched() -> Workers:
+    """The processes of the launcher, for work on a model that each of them has, or ALONE. Raises as `workers_of`."""
     if _alone.get() or processes() == 1:
         return ALONE
-    if is_shared(model):
-        return Workers(distributed.get_rank(), distributed.get_world_size())
     state = _state()
     return Workers(state.process_index, state.num_processes, is_divided=True)
 

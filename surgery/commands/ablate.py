@@ -21,6 +21,7 @@ from surgery.commands.shared import (
     messages,
     read_inputs,
     say,
+    together,
     write_json,
 )
 
@@ -55,12 +56,13 @@ def ablate(
 ) -> None:
     """Freeze each head's QK, its OV and both, and measure what changes, with intervals and p-values over sequences.
 
-    A study that was stopped goes on where it was when the command is given again. On random tokens that are said twice, the
+    A study that was stopped goes on where it was when the command is given again. Several processes share the work:
+    `torchrun --nproc-per-node 2 -m surgery ablate ...`. On random tokens that are said twice, the
     loss is that of the second time.
     """
     if inputs is not None and text is not None:
         raise typer.BadParameter("Give one of the two.", param_hint="--inputs / --text")
-    with messages(debug):
+    with messages(debug), together() as is_main:
         from surgery.analysis import ablation_study
         from surgery.analysis.repeats import random_copies
         from surgery.plots import save
@@ -87,6 +89,8 @@ def ablate(
             seeds=(seed,),
             resume=out / "study.jsonl",
         )
+        if not is_main:
+            return
         study.frame.to_csv(out / "study.csv", index=False)
         save(study.picture(), out / "heads")
         save(study.bars(), out / "effects")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from surgery.commands.pairs import (
     load_pair,
 )
 from surgery.commands.report import markdown_table, write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, listed, messages, say, working, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, listed, messages, say, together, working, write_json
 
 
 class Method(StrEnum):
@@ -85,14 +86,14 @@ def importance(
     asked.check(needs_corrupted=to is To.corrupted)
     if metric is MetricName.kl and method in (Method.atp, Method.atp_star):
         raise typer.BadParameter("It has no slope where nothing is changed yet; use ig or ablation.", param_hint="--metric kl")
-    with messages(debug):
+    with messages(debug), together() as is_main:
         from surgery.analysis import head_importance
         from surgery.plots import save
         from surgery.spec import Spec
 
         cuts = None if given is None else Spec.load(given)
         loaded, pair = load_pair(asked, model, device, trust_remote_code)
-        with working("Scoring heads"):
+        with working("Scoring heads") if is_main else nullcontext():
             found = head_importance(
                 loaded,
                 pair.clean,
@@ -108,6 +109,8 @@ def importance(
                 edges=edges,
                 seed=seed,
             )
+        if not is_main:
+            return
         out.mkdir(parents=True, exist_ok=True)
         found.frame.to_csv(out / "importance.csv", index=False)
         save(found.picture(), out / "heads")

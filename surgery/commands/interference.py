@@ -13,7 +13,7 @@ import typer
 from surgery.commands.data import Layers, layers_of
 from surgery.commands.lines import as_tokens, batches_of, read_lines, require_fitting
 from surgery.commands.report import write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, messages, say, warn, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, device_of, messages, say, together, warn, write_json
 
 Task = Annotated[Path, typer.Option(exists=True, dir_okay=False, help='JSON lines: {"text": ...} or {"input_ids": ...}.')]
 SHOWN = 20
@@ -67,7 +67,7 @@ def interference(
         raise typer.BadParameter(f"{rho} is not above 0.", param_hint="--rho")
     if not 0 < alpha < 1:
         raise typer.BadParameter(f"{alpha} is not between 0 and 1.", param_hint="--alpha")
-    with messages(debug):
+    with messages(debug), together() as is_main:
         from surgery.analysis.interference import collect, conflict_test, heatmap, overlap_test
         from surgery.analysis.interference.checks import FEWEST, shared_samples
         from surgery.analysis.interference.study import require_reach
@@ -102,6 +102,8 @@ def interference(
             )
             for name, some in samples.items()
         )
+        if not is_main:
+            return
         formed: dict[str, Any] = {"device": place, "progress": is_shown}
         options = {"n_permutations": permutations, "alpha": alpha, "seed": seed, **formed}
         with warnings.catch_warnings(record=True) as caught:

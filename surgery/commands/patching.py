@@ -24,7 +24,7 @@ from surgery.commands.pairs import (
     load_pair,
 )
 from surgery.commands.report import markdown_table, write_report
-from surgery.commands.shared import Debug, Device, Json, Model, Trust, listed, messages, say, write_json
+from surgery.commands.shared import Debug, Device, Json, Model, Trust, listed, messages, say, together, write_json
 from surgery.sites import SITES
 
 
@@ -111,7 +111,7 @@ def patching(
         raise typer.BadParameter("It goes with --senders or --receivers.", param_hint="--freeze-mlps")
     ends = (_heads(senders or "all"), _inputs(receivers or "logits"))
     where = None if positions is None else _numbers(positions)
-    with messages(debug):
+    with messages(debug), together() as is_main:
         from surgery.analysis import activation_patching, path_patching
         from surgery.plots import save
 
@@ -135,6 +135,8 @@ def patching(
                 positions=where,
                 **options,
             )
+        if not is_main:
+            return
         out.mkdir(parents=True, exist_ok=True)
         found.to_frame().to_csv(out / "patching.csv", index=False)
         save(found.picture(tokens=pair.tokens), out / "patching")

@@ -53,6 +53,21 @@ def messages(debug: bool) -> Iterator[None]:
 
 
 @contextmanager
+def together() -> Iterator[bool]:
+    """Joins the processes of a launcher for the length of the block; gives whether this one speaks and writes files."""
+    from torch import distributed
+
+    from surgery.analysis.workers import launched
+
+    workers = launched()
+    try:
+        yield workers.is_main
+    finally:
+        if workers.count > 1:
+            distributed.destroy_process_group()
+
+
+@contextmanager
 def working(what: str) -> Iterator[None]:
     """Says on stderr, where that is a terminal, what is being done for the length of the block."""
     console = Console(stderr=True)
