@@ -69,6 +69,11 @@ class Operation:
         return not (callable(self.edit.action) or self.is_current_mean)
 
     @property
+    def acts_here(self) -> bool:
+        """Whether it concerns a head that is in this process."""
+        return True
+
+    @property
     def is_current_mean(self) -> bool:
         """Whether it replaces by the mean of the very activations at hand."""
         return self.edit.action == "mean" and self.entry is None

@@ -101,7 +101,7 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _operations(model: nn.Module) -> list[Operation]:
     surgeries = [m._surgery for m in model.modules() if isinstance(m, SurgicalAttention)]
-    return [operation for s in surgeries for site in s.plan.operations.values() for operation in site]
+    return [operation for s in surgeries for site in s.plan.operations.values() for operation in site if operation.acts_here]
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:

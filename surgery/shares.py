@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy import Attention, Projection
-from surgery.errors import describe
+from surgery.errors import UnsupportedArchitectureError, describe
 from surgery.interventions import Operation
 from surgery.plan import Plan, Probe
 from surgery.reference import Entry
@@ -41,6 +41,11 @@ class Share:
         """This process's heads among so many."""
         size = heads // self.count
         return range(self.number * size, (self.number + 1) * size)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """(batch, heads of the whole model, ..) of this process's heads, in every process."""
+        every: Tensor = _Gather.apply(tensor, self)
+        return every
 
     def attention(self, whole: Attention) -> Attention:
         """An attention as this process has it: its heads, and their channels where they lie in its parts of projections."""
@@ -73,22 +78,88 @@ class Share:
         operations: dict[str, list[Operation]] = {}
         for site, some in plan.operations.items():
             own = self.of(whole.kv_heads if site == "k" else whole.heads)
-            if held := [local for operation in some if (local := _operation(operation, own)) is not None]:
+            if held := [local for operation in some if (local := self._operation(operation, own)) is not None]:
                 operations[site] = held
         heads = len(self.of(whole.heads))
         probes = {site: [self._probe(probe, heads) for probe in some] for site, some in plan.probes.items()}
         return Plan(operations, probes, plan.reconstruct)
 
+    def _operation(self, operation: Operation, own: range) -> Operation | None:
+        """What of an operation this process does to its own heads; None if it concerns none of them."""
+        return _Whole.of(operation, len(own), self) if callable(operation.edit.action) else _operation(operation, own)
+
     def _probe(self, probe: Probe, heads: int) -> Probe:
         """Sees all heads of this process, and hands on those that are wanted of all processes."""
-        from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
 
         def take(tensor: Tensor, where: Where) -> None:
-            gather = all_gather_tensor_autograd if tensor.requires_grad else all_gather_tensor
-            every = gather(tensor.contiguous(), 1, self.group)
+            every = self.gathered(tensor)
             probe.take(every if probe.heads is None else every[:, list(probe.heads)], where)
 
         return Probe(probe.site, None if probe.heads is None else tuple(range(heads)), take, probe)
+
+
+@dataclass
+class _Whole(Operation):
+    """What is called with heads of several processes, and so by each of these: with all of them, of which it keeps its own."""
+
+    whole: Operation | None = None
+    share: Share | None = None
+
+    @classmethod
+    def of(cls, whole: Operation, heads: int, share: Share) -> _Whole:
+        """heads: of this process, all of which are concerned."""
+        numbers = tuple(range(heads))
+        return cls(whole.number, whole.edit, whole.site, whole.address, numbers, numbers, None, whole.block, whole, share)
+
+    @property
+    def acts_here(self) -> bool:
+        assert self.whole is not None and self.share is not None
+        own = range(self.share.number * len(self.heads), (self.share.number + 1) * len(self.heads))
+        return any(head in own for head in self.whole.heads)
+
+    def _apply(self, x: Tensor, where: Where, held: Sequence[int] | None) -> Tensor:
+        assert self.whole is not None and self.share is not None
+        if where.allowed is not None and where.allowed.shape[1] > 1:
+            where = replace(where, allowed=self.share.gathered(where.allowed))
+        new: Tensor = _Own.apply(self.whole._apply(self.share.gathered(x), where, None), self.share)
+        return new
+
+
+class _Gather(torch.autograd.Function):
+    """This process's heads to those of all. What follows is the same in every process, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, share: Share) -> Tensor:
+        ctx.share = share
+        return _all(tensor, share)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _own(gradients[0], ctx.share), None
+
+
+class _Own(torch.autograd.Function):
+    """The other way: the gradient of all heads comes together from the processes that go on with them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, share: Share) -> Tensor:
+        ctx.share = share
+        return _own(tensor, share)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _all(gradients[0], ctx.share), None
+
+
+def _all(tensor: Tensor, share: Share) -> Tensor:
+    from torch.distributed._functional_collectives import all_gather_tensor, wait_tensor
+
+    return wait_tensor(all_gather_tensor(tensor.contiguous(), 1, share.group))
+
+
+def _own(tensor: Tensor, share: Share) -> Tensor:
+    own = share.of(tensor.shape[1])
+    return tensor[:, own.start : own.stop].clone()
 
 
 def _operation(operation: Operation, own: range) -> Operation | None:
@@ -143,6 +214,13 @@ def is_shared(model: nn.Module) -> bool:
     if any(isinstance(module, wrappers) or getattr(module, "_tp_size", None) for module in model.modules()):
         return True
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())  # ds_id: DeepSpeed's partitions
+
+
+def require_whole(model: nn.Module, attentions: Iterable[Attention], what: str, do: str) -> None:
+    """Raises UnsupportedArchitectureError for what needs all heads of an attention in one process."""
+    if split := [attention.address for attention in attentions if share_of(model, attention) is not None]:
+        found = f"{', '.join(split[:4])}, whose heads are split over processes"
+        raise UnsupportedArchitectureError(describe(what, found, "heads that are all in one process", do))
 
 
 def split_problems(attention: Attention, share: Share, plan: Plan) -> list[str]:

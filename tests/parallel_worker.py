@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from families import FAMILIES
 from torch import Tensor
@@ -30,10 +31,20 @@ from surgery import (
     find_anatomy,
     patch_model,
     patched,
+    self_test,
     unpatch_model,
     weights,
 )
-from surgery.analysis import ablation_study
+from surgery.analysis import (
+    ablation_study,
+    activation_patching,
+    check_gradients,
+    copying_scores,
+    detect_heads,
+    direct_logit_attribution,
+    head_importance,
+    path_patching,
+)
 from surgery.analysis.interference import collect
 
 IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -62,7 +73,9 @@ def cuts(model: Any) -> dict[str, Any]:
         "mean k": Edit("k", "mean", reference=means),
         "activation": Edit("z", "activation", reference=run, heads=[0, 3]),
         "v of a run": Edit("v", "activation", reference=run, heads=[2]),
-        "a callable": Edit("z", lambda z: z.flip(1) * 0 + z.mean(2, keepdim=True), heads=[0, 1, 2, 3]),
+        "a callable": Edit("z", lambda z: z.flip(1) + z.mean(2, keepdim=True), heads=[0, 1, 3]),
+        "a callable of scores": Edit("scores", lambda scores: scores.flip(1) * 0.5, heads=[1, 2]),
+        "a callable of one process": Edit("v", lambda v: v * 0.5, layers=[0], heads=[0]),
         "several": Spec([Freeze("qk", [0], [2]), Edit("z", "scale", value=2.0, heads=[0, 3]), Freeze("ov", [1], [1])]),
     }
 
@@ -78,8 +91,13 @@ def gap(found: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def compared(name: str, folder: Path) -> dict[str, Any]:
-    whole = FAMILIES[name].build()
+    whole = FAMILIES[name].build() if name in FAMILIES else AutoModelForCausalLM.from_pretrained(folder / name).eval()
     split = AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto").eval()
+    if find_anatomy(whole)[0].kv_heads % dist.get_world_size():
+        try:
+            patch_model(split, Freeze("ov", [0], [1]))
+        except PatchError as error:
+            return {"refused": str(error)}
     found: dict[str, Any] = {"no patch": gap(split(IDS).logits, whole(IDS).logits)}
     classes = [type(module) for module in split.modules()]
     for kernel in ("auto", "eager"):
@@ -101,7 +119,8 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
             whole(IDS), split(IDS)
         for key in expected:
             found[f"capture of {key[0]} {key[1]}, heads {heads}"] = gap(run[key], expected[key])
-    for what, spec in (("none", None), ("ste", Freeze("both", [0], [1, 2], backward="ste"))):
+    flipped = Edit("z", lambda z: z.flip(1) * 2, layers=[0], heads=[0, 1, 3])
+    for what, spec in (("none", None), ("ste", Freeze("both", [0], [1, 2], backward="ste")), ("a callable", flipped)):
         for model in (whole, split):
             model.zero_grad()
             patch_model(model, spec)
@@ -112,6 +131,14 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
                 gradient, expected_gradient = parameter.grad, whole.get_parameter(path).grad
                 assert gradient is not None and expected_gradient is not None
                 found[f"gradient of {path}, {what}"] = gap(gradient.full_tensor(), expected_gradient)
+    slopes, values = [], find_anatomy(whole)[0].projections["v"]
+    for model in (whole, split):
+        with capture(model, ["z"], layers=[0, 1]) as run:
+            model(IDS)
+        leaf = run["self.0", "z"]
+        [slope] = torch.autograd.grad((leaf * leaf).sum(), model.get_submodule(values.path).weight)
+        slopes.append(slope.full_tensor() if hasattr(slope, "full_tensor") else slope)
+    found["gradient of what is captured"] = gap(slopes[1], slopes[0])
     spec = Edit("result", "zero", heads=[3])
     try:
         with torch.no_grad(), patched(whole, spec), patched(split, spec):
@@ -129,8 +156,74 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     found["ablation study"] = gap(*(torch.from_numpy(frame["effect"].to_numpy()) for frame in effects))
     found["print"] = str(patch_model(split, Freeze("ov", [0], [2])))
     unpatch_model(split)
+    if name in ("llama", "three"):
+        found |= {"studies": studied(whole, split, folder)}
     found["undone"] = classes == [type(module) for module in split.modules()]
     return found
+
+
+def studied(whole: Any, split: Any, folder: Path) -> dict[str, Any]:
+    """What analyses find of every head, and what they refuse."""
+    tokens, circuits = {"input_ids": IDS}, ("qk", "k", "ov", "v")
+    cuts = Spec([Freeze("qk", [0], [2], backward="stopgrad"), Freeze("ov", [1], [1])])
+
+    def importance(model: Any, method: str, **options: Any) -> dict[str, Any]:
+        options = {"circuits": circuits, "sample": 99, **options}
+        frame = head_importance(model, IDS, IDS.flip(0), method=method, **options).frame
+        return {name: frame[name] for name in ("score", "exact")}
+
+    def proved(model: Any) -> dict[str, Any]:
+        with patched(model, cuts):
+            return {"proofs": torch.tensor([float(line[-1] == "d") for line in self_test(model, tokens)])}
+
+    work: dict[str, Any] = {
+        **{f"importance {m}": (lambda model, m=m: importance(model, m)) for m in ("atp", "ig", "ablation", "atp*")},
+        "atp* of the layers together": lambda model: importance(model, "atp*", drop_layers=False),
+        "to zero": lambda model: importance(model, "atp", to="zero"),
+        "edges": lambda model: {"edges": head_importance(model, IDS, IDS.flip(0), edges=True, sample=0).edges["score"]},
+        "activation patching": lambda model: examples_of(
+            activation_patching(model, IDS, IDS.flip(0), sites=SITES[2:], over=("layer", "head"), progress=False)
+        ),
+        "path patching": lambda model: examples_of(
+            path_patching(model, IDS, IDS.flip(0), receivers=["logits", (1, 2, "q"), (1, 3, "v")], progress=False)
+        ),
+        "detected heads": lambda model: {"kinds": detect_heads(model).frame.select_dtypes("number").to_numpy()},
+        "composition": lambda model: {kind: weights.composition_scores(model, 0, 1, kind=kind).detach() for kind in "qkv"},
+        "copying": lambda model: {"copying": copying_scores(model).frame.select_dtypes("number").to_numpy()},
+        "a study that is kept": lambda model: {
+            "effect": ablation_study(
+                model, IDS, "ov", progress=False, resume=folder / f"{'split' if model is split else dist.get_rank()}.jsonl"
+            ).frame["effect"]
+        },
+        "self-test": proved,
+        "gradients": lambda model: {"norm": check_gradients(model, cuts, IDS).weights["norm"]},
+        "logit attribution": lambda model: {"direct": direct_logit_attribution(model, IDS, tokens=IDS[:, -1]).heads},
+    }
+    found: dict[str, Any] = {}
+    for what, do in work.items():
+        expected = do(whole)
+        try:
+            here = do(split)
+        except (PatchError, UnsupportedArchitectureError) as error:
+            found[what] = str(error)
+            continue
+        for key, value in expected.items():
+            own, other = (torch.as_tensor(np.asarray(one, dtype=float)) for one in (here[key], value))
+            found[f"{what}: {key}"] = gap(own.nan_to_num(), other.nan_to_num())
+    heads = find_anatomy(whole)[0].heads
+    found["kept"] = kept_once(folder / "split.jsonl", 2 * heads)
+    return found
+
+
+def kept_once(file: Path, cuts: int) -> bool:
+    """Whether a study of so many cuts was written by one process alone."""
+    dist.barrier()
+    keys = [json.loads(line).get("key") for line in file.read_text(encoding="utf-8").splitlines()]
+    return len(keys) == len(set(keys)) == 1 + 1 + cuts and not list(file.parent.glob(f"{file.name}.*"))
+
+
+def examples_of(patching: Any) -> dict[str, Any]:
+    return {key: patching.examples[key].values for key in patching.keys}
 
 
 def trained() -> dict[str, Any]:
@@ -171,7 +264,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     names: list[str] = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    found = {"training": trained(), **{name: compared(name, folder) for name in names}}
+    found = {"training": trained() if dist.get_world_size() == 2 else {}, **{name: compared(name, folder) for name in names}}
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 

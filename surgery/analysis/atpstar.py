@@ -33,6 +33,7 @@ from surgery.analysis.objective import Objective
 from surgery.analysis.replay import Layers
 from surgery.errors import SpecError, describe
 from surgery.patch import anatomy_of
+from surgery.shares import require_whole
 from surgery.spec import Spec
 
 CLOSE = 1e-5
@@ -45,11 +46,15 @@ def attribution_star(
 ) -> tuple[Scores, Scores]:
     """Scores, and with drop those of GradDrop, (1, head, 1), for a backward more for each layer; {} without.
 
-    Raises SpecError where a pattern is not the softmax of its scores, if "k" is asked for.
+    Raises SpecError where a pattern is not the softmax of its scores, if "k" is asked for, and with drop
+    UnsupportedArchitectureError where heads are split over processes: their layers run no backward without a gradient.
     """
     by_pattern = [circuit for circuit in circuits if circuit in ("qk", "q", "k")]
     by_gate = [circuit for circuit in circuits if circuit not in by_pattern]
-    layers = Layers(objective.model, anatomy_of(objective.model)).modules if drop else []
+    anatomy = anatomy_of(objective.model)
+    layers = Layers(objective.model, anatomy).modules if drop else []
+    if drop:
+        require_whole(objective.model, anatomy, "method 'atp*', GradDrop", "Pass drop_layers=False.")
     gated = gates(selection, sites_of(by_gate, baseline), baseline)
     seen = taps(selection, ["scores", "z"] if by_pattern else [])
     patterns = taps(selection, ["pattern"] if by_pattern else [])

@@ -22,6 +22,7 @@ from surgery.analysis.weight_gradients import Block, blocks_of, is_zero, measure
 from surgery.errors import SpecError, describe
 from surgery.evaluation import keeping_state, uncached
 from surgery.patch import anatomy_of, as_spec, cuts_of, patched, probed
+from surgery.shares import require_whole
 from surgery.spec import Spec
 from surgery.terminal import printed, table_of
 
@@ -126,6 +127,7 @@ def check_gradients(model: Any, spec: Any, inputs: Any, loss: Any = None) -> Gra
     given = batches(model, inputs)
     with keeping_state(model), torch.inference_mode(False), torch.enable_grad(), _patched(model, Spec()):
         anatomy = anatomy_of(model, strict=False)
+        require_whole(model, anatomy, "check_gradients", "Load it without tensor parallelism for this.")
         blocks = blocks_of(model, anatomy)
         total = _Total(blocks, sum(map(rows_of, given)))
         for batch in given:

@@ -236,10 +236,11 @@ def copying_scores(model: nn.Module, layers: Any = None, inputs: Any = None) -> 
     norms = _norms_before(model, [*readers.values(), unembedding], _given(model, inputs))
     notes: list[str] = []
     gain = _gain(norms.get(unembedding), w_u.shape[0], "the unembedding", notes)
-    if w_u.shape[0] != embedding.weight.shape[1]:
-        found = f"embeddings of {embedding.weight.shape[1]} channels, an unembedding of {w_u.shape[0]}"
+    w_e = embedding.weight.full_tensor() if hasattr(embedding.weight, "full_tensor") else embedding.weight  # torch's DTensor
+    if w_u.shape[0] != w_e.shape[1]:
+        found = f"embeddings of {w_e.shape[1]} channels, an unembedding of {w_u.shape[0]}"
         raise SpecError(describe("copying_scores", found, "one width", "Multiply what lies between by hand."))
-    back = gain @ _product(w_u, embedding.weight)  # d_model × d_model: G' W_U W_E
+    back = gain @ _product(w_u, w_e)  # d_model × d_model: G' W_U W_E
     rows = []
     for attention in chosen:
         circuit = _circuit(heads_at(model, anatomy, attention.address), "v", notes)

@@ -25,7 +25,7 @@ from surgery.errors import SpecError, UnsupportedArchitectureError, describe, li
 from surgery.evaluation import keeping_state, uncached
 from surgery.fields import listed
 from surgery.patch import anatomy_of, cuts_of, patched
-from surgery.shares import share_of
+from surgery.shares import require_whole
 
 
 def collect(
@@ -64,10 +64,7 @@ def collect(
     anatomy = anatomy_of(model)
     attentions = anatomy.select(layers if isinstance(layers, str) and layers == "all" else listed(layers), "collect")
     blocks, missing = blocks_of(attentions)
-    if split := [attention.address for attention in attentions if share_of(model, attention) is not None]:
-        found = f"{', '.join(split[:4])}, whose heads are split over processes"
-        do = "Load it without tensor parallelism for this."
-        raise UnsupportedArchitectureError(describe("collect", found, "heads that are all in one process", do))
+    require_whole(model, attentions, "collect", "Load it without tensor parallelism for this.")
     if missing:
         raise UnsupportedArchitectureError(listing("collect", missing))
     spec, kernel = cuts_of(model)
