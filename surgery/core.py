@@ -13,6 +13,7 @@ from surgery.anatomy import Attention
 from surgery.cache import check_cache, find_cache, is_updated, layer_of, n_queries, offsets
 from surgery.errors import CacheError, SurgeryError, describe
 from surgery.family import Family, find_family
+from surgery.forward import Forward
 from surgery.inline import Inline, record_inline
 from surgery.own_keys import own_keys, reads_apart, with_own_keys
 from surgery.paged import key_offset, obstacle, query_offset, read_pages, reads_keys
@@ -24,28 +25,11 @@ from surgery.shares import Share
 from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
 from surgery.source import method_names
 from surgery.stubs import has_hooks
-from surgery.threads import PerThread
 from surgery.unfused import Call, mask_of, with_matrix
 from surgery.where import Where
 
 _MASKED = -5000.0
 """Scores of an inline attention below this are masked: families add -10,000, -1e9, the dtype's minimum, or minus infinity."""
-
-
-class Forward(PerThread):
-    """What a patched module knows of the forward that a thread is in: where in the sequence, and which points it has reached.
-
-    queries: how many it has; rows: of its inline points, by site; awaited: the points that it must reach; call: of the model,
-    with what a cache said of it.
-    """
-
-    def __init__(self) -> None:
-        self.where = Where()
-        self.queries = 0
-        self.rows: dict[str, int] = {}
-        self.call: tuple[Any, Any] = (None, None)
-        self.reached: set[str] = set()
-        self.awaited: set[str] = set()
 
 
 class Surgery:
