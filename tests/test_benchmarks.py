@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -377,10 +378,15 @@ def test_the_sweep_gives_the_numbers_of_the_plain_loop() -> None:
 
 
 def test_a_way_that_gives_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncut = {"nobody": lambda model: lambda ids, layer, head: model(ids).logits[:, -1].detach()}
-    monkeypatch.setattr(sweep.peers, "PEERS", uncut)
-    monkeypatch.setattr(sweep.peers, "installed", lambda: {"nobody": "1.0"})
-    with pytest.raises(RuntimeError, match=r"nobody 1.0: differs from the plain loop by \d"):
+
+    class Uncut(sweep.Loop):
+        package = "torch"
+
+        def cut(self, *arguments: Any, **options: Any) -> Any:
+            return nullcontext()
+
+    monkeypatch.setattr(sweep, "WAYS", {"nobody": Uncut})
+    with pytest.raises(RuntimeError, match=r"torch \S+: differs from the plain loop by \d"):
         list(sweep.measure(replace(sweep.QUICK, d_head=8)))
 
 

@@ -168,7 +168,7 @@ def test_processes_are_put_together(tmp_path: Path) -> None:
     )
     assert len(by_place) == len(found["rows"]), "what runs in every process is there once"
     assert by_place["forward", "nnsight"]["note"] == "not installed: no index"
-    if not _has("pyvene"):
+    if not environments.is_here("pyvene"):
         assert by_place["cut_z", "pyvene"]["note"].startswith("does not start: PackageNotFoundError")
     assert by_place["cut_z", Hooked.name]["value"] > 0 and "ours" not in by_place["cut_z", Hooked.name]
     assert any(line.endswith(f": forward: {Auto.name}") for line in said)
@@ -180,12 +180,6 @@ def test_processes_are_put_together(tmp_path: Path) -> None:
     results.save(path, found)
     page = "<!-- benchmark:compare-llama-500 -->\n<!-- /benchmark:compare-llama-500 -->\n"
     assert text in table.fill(page, tmp_path)
-
-
-def _has(package: str) -> bool:
-    with contextlib.suppress(NotInstalled):
-        return environments.here(package) == Path(sys.executable)
-    return False
 
 
 def test_a_process_of_ours_that_fails_is_an_error() -> None:

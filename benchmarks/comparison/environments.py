@@ -27,11 +27,18 @@ class NotInstalled(Exception):
 
 def here(package: str) -> Path:
     """The interpreter that runs, if it has the package. Raises NotInstalled otherwise."""
+    if not is_here(package):
+        raise NotInstalled("not in this environment")
+    return Path(sys.executable)
+
+
+def is_here(package: str) -> bool:
+    """Whether this environment has it."""
     try:
         version(package)
     except PackageNotFoundError:
-        raise NotInstalled("not in this environment") from None
-    return Path(sys.executable)
+        return False
+    return True
 
 
 def python_of(package: str, folder: Path = FOLDER, say: Callable[[str], None] = print) -> Path:

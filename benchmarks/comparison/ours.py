@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison.task import Task
-from benchmarks.comparison.way import NotOffered, Way, log_probability
+from benchmarks.comparison.way import NotOffered, Place, Way, log_probability
 from surgery import Edit, Freeze, Spec, capture, patch_model, patched, unpatch_model
 from surgery.analysis import head_importance, metrics
 from surgery.analysis.sweep import Sweep
@@ -42,9 +42,9 @@ class Auto(Way):
     def read_everything(self, found: Any) -> list[Tensor]:
         return [found[layer, site] for layer in self.task.layers for site in SITES]
 
-    def sweep(self) -> Tensor:
+    def sweep(self, places: Sequence[Place]) -> Tensor:
         found: dict[int, Tensor] = {}
-        specs = [Spec(Freeze("ov", [layer], [head])) for layer, head in self.task.places]
+        specs = [Spec(Freeze("ov", [layer], [head])) for layer, head in places]
         work = Sweep(self.model, {"input_ids": self.task.ids}, (-1,))
         work.run(specs, lambda number, output: found.update({number: log_probability(output.logits, self.task)}))
         return torch.stack([found[number] for number in range(len(specs))])
@@ -64,5 +64,5 @@ class Reconstructed(Auto):
 
     name, key, kernel, implementation = 'attention-surgery, kernel="eager"', "surgery-eager", "eager", "eager"
 
-    def sweep(self) -> Tensor:
+    def sweep(self, places: Sequence[Place]) -> Tensor:
         raise NotOffered("not measured: as with kernel='auto'")

@@ -52,8 +52,10 @@ class Task:
 
     wanted, other = 5, 7
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = s = settings
+    def __init__(self, settings: Settings, half: bool = True) -> None:
+        """half: in bfloat16 on CUDA."""
+        self.settings, self.half = settings, half
+        s = settings
         self.two = [s.heads // 4, s.heads // 2 + 1]
         self.ids = models.tokens(s.batch, s.length, s.device, s.seed, s.vocabulary)
         self.next = models.tokens(s.batch, 1, s.device, s.seed + 1, s.vocabulary)
@@ -71,6 +73,7 @@ class Task:
             "positions": s.length + s.steps,
         }
         common["spread"] = width**-0.5  # so that attention matters as much in every width
+        common["half"] = self.half
         more: dict[str, Any] = {"tied": False} if s.family == "gpt2" else {"kv_heads": s.kv_heads}
         return getattr(models, s.family)(s.layers, s.heads, width=width, **common, **more)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from benchmarks.comparison.task import Task
 
+Place = tuple[int, int]
+"""Layer and head."""
+
 
 class NotOffered(Exception):
     """A way has no means for some work; says why, in a few words."""
@@ -61,10 +64,10 @@ class Way:
         """Of what `everything` gave: q, k, v, pattern, z of the first layer, then of the next, (batch, head, position, ..)."""
         raise NotImplementedError
 
-    def sweep(self) -> Tensor:
-        """The log probability of a token at the last position, with z of each head cut in turn, as a loop has it."""
+    def sweep(self, places: Sequence[Place]) -> Tensor:
+        """The log probability of a token at the last position, with z of each (layer, head) cut in turn: here, a loop."""
         found = []
-        for layer, head in self.task.places:
+        for layer, head in places:
             with self.cut("z", [layer], [head]):
                 found.append(log_probability(self.logits(self.task.ids), self.task))
         return torch.stack(found)

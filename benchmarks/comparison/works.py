@@ -102,7 +102,7 @@ def everything(way: Way, task: Task, stack: ExitStack) -> Run:
 
 def sweep(way: Way, task: Task, stack: ExitStack) -> Run:
     with way.cut("z", [0], [0]):  # or say that nothing is cut
-        return Run(way.sweep)
+        return Run(lambda: way.sweep(task.places))
 
 
 def importance(way: Way, task: Task, stack: ExitStack) -> Run:
