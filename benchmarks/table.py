@@ -1,8 +1,8 @@
 """README's tables from committed results: `python -m benchmarks.table` rewrites them, `--check` exits 1 where they differ.
 
 So it does with those of benchmarks/README.md. A file has a place for a table between `<!-- benchmark:NAME -->` and
-`<!-- /benchmark:NAME -->`; it shows every results/NAME-*.json. Absolute times are shown only of a GPU: those of a shared CPU
-mean nothing elsewhere.
+`<!-- /benchmark:NAME -->`; it shows every results/NAME-*.json. Between `<!-- plan -->` markers comes the plan of a large model
+(`plan.py`). Absolute times are shown only of a GPU: those of a shared CPU mean nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plan
 from benchmarks.comparison import grid as comparison
 from benchmarks.machine import sentence
 from benchmarks.results import FOLDER, ROOT, shown
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+_PLAN = re.compile(r"(<!-- plan -->\n).*?(<!-- /plan -->)", re.DOTALL)
 _PLACE = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
 
 
@@ -34,7 +36,8 @@ def fill(text: str, folder: Path = FOLDER) -> str:
     for name in places:
         if not _files(folder, name):
             raise ValueError(f"no {name}-*.json in {folder}; run python -m benchmarks.{name} --json ... first")
-    return _PLACE.sub(lambda match: f"{match[1]}{tables(match[2], folder)}{match[3]}", text)
+    text = _PLACE.sub(lambda match: f"{match[1]}{tables(match[2], folder)}{match[3]}", text)
+    return _PLAN.sub(lambda match: f"{match[1]}{chr(10).join(plan.lines(folder))}\n{match[2]}", text)
 
 
 def tables(name: str, folder: Path = FOLDER) -> str:
