@@ -191,7 +191,7 @@ def _others(model: nn.Module) -> list[str]:
     session = session_of(model)
     owner = None if session is None else session.owner
     name = next((thread.name for thread in threading.enumerate() if thread.ident == owner), None)
-    if owner == threading.get_ident() or name is None:
+    if owner in (None, threading.get_ident()) or name is None:  # a thread that is just starting has no number, either
         return batching_problems(model)
     found = f"a block (patched, capture) that the thread {name!r} has open on this model"
     do = "Wait for its end, open one block around all threads, or work on a copy (copy.deepcopy)."
