@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
-from benchmarks import models
+from benchmarks import models, steps
 from benchmarks.results import Row, row
 from benchmarks.setting import Settings
 from surgery import Edit, patched
@@ -39,7 +39,7 @@ def rows(s: Settings) -> Iterator[Row]:
     for name, make in shapes.items():
         group = f"{name}, GPT-2 small's shape, {layers} layers, both compiled with fullgraph=True, over unpatched sdpa"
         counted: list[tuple[int, int]] = []
-        for what, state, target in states(s, twin, 1.05 if "static" in name else 1.02):
+        for what, state, target in states(s, twin, *(steps.NO_CUTS, steps.CUT) if "static" in name else (1.02, 1.05)):
             torch._dynamo.reset()  # one code object has room for a few graphs only
             over, graphs = compiled(make, plain)
             with state:
@@ -52,12 +52,14 @@ def rows(s: Settings) -> Iterator[Row]:
     torch._dynamo.reset()
 
 
-def states(s: Settings, model: Any, no_cuts: float) -> Iterator[tuple[str, AbstractContextManager[Any], float | None]]:
+def states(
+    s: Settings, model: Any, no_cuts: float, cut: float
+) -> Iterator[tuple[str, AbstractContextManager[Any], float | None]]:
     """States of the twin in words, and targets: unpatched, patched without cuts, and with cuts that need no matrix."""
     yield "unpatched itself (noise)", nullcontext(), None
     yield "patched, no cuts", patched(model), no_cuts
     for site in "qkvz":
-        yield f"{site} of two heads scaled, every layer", patched(model, Edit(site, "scale", value=0.5, heads=s.two)), 1.05
+        yield f"{site} of two heads scaled, every layer", patched(model, Edit(site, "scale", value=0.5, heads=s.two)), cut
 
 
 def compiled(make: Callable[[Any], Run], model: Any) -> tuple[Run, int]:

@@ -34,9 +34,11 @@ def layer_of(module: nn.Module, layer: int = 0) -> int:
 
 def check_cache(cache: Cache, fingerprint: str, layer: int, path: str, is_cross: bool = False) -> None:
     """Marks an empty cache with a spec's fingerprint. Raises CacheError for one that was filled under another spec."""
+    if (stamp := getattr(cache, STAMP, "")) and stamp == fingerprint:
+        return
     # A few families hand the parts of such a cache to their modules, and the whole to others.
     parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
-    stamp = next((s for c in (cache, *parts) if (s := getattr(c, STAMP, ""))), "")
+    stamp = stamp or next((s for c in parts if (s := getattr(c, STAMP, ""))), "")
     if stamp == fingerprint:
         return
     filled = _length(parts[1] if parts and is_cross else cache, layer)

@@ -143,7 +143,9 @@ class Surgery:
             is_filled = self.is_cross and cache is not None and is_updated(cache, layer)
             now.awaited = self.expected - {"k"} if is_filled else self.expected
             now.where = Where(is_cross=self.is_cross)
-            now.queries, now.rows = n_queries(args, kwargs, self.query_axis), {}
+            # Points in an inline attention's own code, and cuts by position, count queries.
+            is_counted = self.family.inline is not None or self.needs_position
+            now.queries, now.rows = n_queries(args, kwargs, self.query_axis) if is_counted else 0, {}
             if cache is not None and self.needs_position:
                 self._check_joined()
                 path = self.path if self.cuts_by_position else ""

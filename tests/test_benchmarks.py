@@ -18,6 +18,7 @@ import torch
 
 import surgery.unfused
 from benchmarks import (
+    added,
     compiled,
     coverage,
     export,
@@ -91,6 +92,22 @@ def test_steps_of_one_token_are_checked_and_timed(monkeypatch: pytest.MonkeyPatc
         steps.check_step("by step", twin, ids, expected)
 
 
+@torch.no_grad()
+def test_what_is_added_is_shared_out() -> None:
+    rows = list(added.rows(replace(added.QUICK, rounds=2, heads=4, length=4)))
+    times = [row for row in rows if row["group"].startswith("one token")]
+    shares = {(row["group"].partition(":")[0], row["what"]): row["value"] for row in rows[len(times) :]}
+    assert len(times) == 8 and len(shares) == 8 * 5
+    for what in (row["what"] for row in times):
+        own = {part: value for (cut, part), value in shares.items() if cut == what}
+        assert sum(own.values()) == pytest.approx(1) and min(own.values()) >= 0
+        assert [part for part, value in own.items() if value == 0] == (
+            ["the cuts' own arithmetic", "points: finding what is to be done", "reading and writing channels at projections"]
+            if what == "patched, no cuts"
+            else ([] if what.startswith(("q ", "k ")) else ["reading and writing channels at projections"])
+        )
+
+
 def test_a_step_starts_from_the_same_cache_each_time() -> None:
     with torch.no_grad():
         plain, _, ids = TOY.build()
@@ -105,7 +122,7 @@ def test_a_step_starts_from_the_same_cache_each_time() -> None:
 def test_compiled_models_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="eager"))
     rows = list(compiled.rows(replace(TOY, layers=1, rounds=1)))
-    assert len(rows) == 2 * 7 and {row["target"] for row in rows} == {None, 1.02, 1.05, 1.0}
+    assert len(rows) == 2 * 7 and {row["target"] for row in rows} == {None, 1.0, 1.02, 1.05, 1.1}
     graphs = [row for row in rows if row["what"] == "graphs"]
     # Unpatched, the twin runs the same graph.
     assert [row["value"] for row in graphs] == [1, 1] and all(row["graphs"] == [(1, 0), *[(1, 1)] * 5] for row in graphs)
