@@ -217,21 +217,21 @@ class Surgery:
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
             return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups), done)
         query = query if "rot_q" in done else self.at("rot_q", query)
-        kernel = self.family.kernel(implementation)
-        call = Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups)
-        if self.own_keys is not None and reads_apart(self, call):
-            output, weights = with_own_keys(self, self.own_keys, call, kernel)
-            return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
-        module = self.module
-        if self.edits_kv and call.groups > 1:
+        module, groups, kernel = self.module, self.core_groups, self.family.kernel(implementation)
+        if self.own_keys is not None:
+            call = Call(implementation, query, key, value, attention_mask, kwargs, groups)
+            if reads_apart(self, call):
+                output, weights = with_own_keys(self, self.own_keys, call, kernel)
+                return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
+        if self.edits_kv and groups > 1:
             # Heads of a group no longer read the same keys and values.
-            module = self.ungrouped
-            key, value = (torch.repeat_interleave(t, call.groups, 1) for t in (key, value))
-            call = replace(call, groups=1)
+            module, groups = self.ungrouped, 1
+            key, value = (torch.repeat_interleave(t, self.core_groups, 1) for t in (key, value))
         key, value = key if "rot_k" in done else self.at("rot_k", key), self.at("v", value)
         output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
         if self.matrix_heads:
-            output = with_matrix(self, output, replace(call, key=key, value=value))
+            call = Call(implementation, query, key, value, attention_mask, kwargs, groups)
+            output = with_matrix(self, output, call)
         return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
 
     def check_paged(self) -> None:
