@@ -253,7 +253,15 @@ def rewrite(
     if left := [*by_position, *unpacked]:
         raise OSError(f"no expression at {left} of {function.__qualname__}")
     ast.fix_missing_locations(new)
-    return _compile(function, new, names), ast.unparse(new)
+    source = ast.unparse(new)
+    key = (function, source, tuple(names.items()))
+    if key not in _REWRITTEN:
+        _REWRITTEN.setdefault(key, _compile(function, new, names))
+    return _REWRITTEN[key], source
+
+
+_REWRITTEN: dict[Any, Callable[..., Any]] = {}
+"""What has been compiled: a model that is patched again gets the same functions, and so the same classes."""
 
 
 def _mangled(name: str, function: types.FunctionType) -> str:

@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="quick",
         help='model types of tests/test_zoo.py: "quick" (some of each mechanism), "all", a shard "2/8", or names with commas',
     )
+    parser.addoption("--rounds", default=100, type=int, help="of tests/test_long_runs.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,8 +5,6 @@ Equality is `torch.equal` unless a tool computes in another order; the reason st
 
 from __future__ import annotations
 
-import gc
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -799,57 +797,6 @@ def test_two_models_of_one_class_are_cut_apart() -> None:
     unpatch_model(one)
     assert torch.equal(logits(one, given), plain)
     assert torch.equal(logits(two, given), expected["several"])
-
-
-def test_threads_may_patch_different_models_at_once() -> None:
-    given = inputs("llama")
-    expected = {c: logits(patch_model(build("llama"), CUTS[c]), given) for c in CUTS}
-    failures: list[str] = []
-
-    def work(cut: str, model: Any) -> None:
-        try:
-            for _ in range(8):
-                with patched(model, CUTS[cut]):
-                    if not torch.equal(logits(model, given), expected[cut]):
-                        failures.append(cut)
-                if not torch.equal(logits(model, given), expected["none"]):
-                    failures.append(f"{cut} undone")
-        except Exception as error:
-            failures.append(f"{cut}: {error!r}")
-
-    threads = [threading.Thread(target=work, args=(cut, build("llama"))) for cut in CUTS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
-def test_many_cycles_leave_nothing_behind() -> None:
-    model, given = build("bert"), inputs("bert")
-
-    def cycle(number: int) -> None:
-        patch_model(model, CUTS["several"])
-        if number % 10 == 0:
-            logits(model, given)
-        unpatch_model(model)
-
-    def count() -> tuple[int, int, list[int]]:
-        gc.collect()
-        return len(gc.get_objects()), len(all_subclasses(nn.Module)), [len(m.__dict__) for m in model.modules()]
-
-    for number in range(3):
-        cycle(number)
-    before = count()
-    for number in range(200):
-        cycle(number)
-    after = count()
-    assert after[1:] == before[1:]
-    assert after[0] - before[0] < 200, "less than one object per cycle"
-
-
-def all_subclasses(cls: type) -> set[type]:
-    return {cls}.union(*(all_subclasses(c) for c in cls.__subclasses__()))
 
 
 # -- every edit fires ---------------------------------------------------------------------------------------------------------
