@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import linecache
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +22,12 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 from transformers import AttentionInterface, RoFormerConfig, RoFormerForMaskedLM
 from transformers.masking_utils import AttentionMaskInterface
 
+import surgery.classes
 from surgery import (
     Edit,
     Freeze,
@@ -30,6 +35,7 @@ from surgery import (
     SurgeryError,
     capture,
     collect_reference,
+    find_anatomy,
     patch_model,
     patched,
     unpatch_model,
@@ -54,9 +60,9 @@ def inputs(name: str = "llama", **options: Any) -> dict[str, Tensor]:
     return FAMILIES["bert" if name == "roformer" else name].inputs(**options)
 
 
-def run(model: Any, name: str) -> Tensor:
+def run(model: Any, name: str, **more: Any) -> Tensor:
     with torch.no_grad():
-        output = model(**inputs(name))
+        output = model(**inputs(name), **more)
     return output[0] if name == "bert" else output.logits
 
 
@@ -215,6 +221,71 @@ def test_blocks_errors_copies_and_generation(rounds: int) -> None:
     assert kept(model) == before
 
 
+# -- compiled models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+HEADS = [heads for count in range(1, 5) for heads in itertools.combinations(range(4), count)]
+
+
+def every_cut(number: int) -> Edit:
+    """Cuts at several sites and heads: a graph is of one of these, but numbers of all sizes may share one."""
+    site = ("z", "v", "rot_q", "rot_k")[number % 4]
+    return Edit(site, "scale" if number % 2 else "add", 1.0 + number / 10, heads=HEADS[number % len(HEADS)])
+
+
+def test_changing_the_cuts_of_a_compiled_model(dynamo: None, rounds: int) -> None:
+    """Graphs come to torch's limit and no further; beyond it torch runs the model without them, and always with its cuts."""
+    model = patch_model(build())
+    compiled = torch.compile(model, backend="eager")
+    limit = torch._dynamo.config.recompile_limit
+
+    def change(number: int) -> None:
+        patch_model(model, every_cut(number))
+        assert torch.equal(run(compiled, "llama"), run(model, "llama"))
+
+    assert_flat(change, rounds, warm=4 * limit)
+    assert counters["stats"]["unique_graphs"] <= limit
+    torch.compiler.reset()
+    counters.clear()
+    for number in range(3, 3 + 10 * limit):  # other numbers at one site and head, and no cache to mark
+        patch_model(model, Edit("z", "scale", number / 3, heads=[1]))
+        assert torch.equal(run(compiled, "llama", use_cache=False), run(model, "llama", use_cache=False))
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
+def test_a_whole_graph_says_when_torch_will_not_compile_again(dynamo: None) -> None:
+    model = patch_model(build())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+
+    def change(number: int) -> None:
+        patch_model(model, every_cut(number))
+        assert torch.equal(run(compiled, "llama"), run(model, "llama"))
+
+    with pytest.raises(FailOnRecompileLimitHit):
+        for number in range(4 * torch._dynamo.config.recompile_limit):
+            change(number)
+    torch.compiler.reset()
+    change(7)
+
+
+def test_two_compiled_models_of_one_class_keep_their_cuts(dynamo: None) -> None:
+    models = [patch_model(build(), every_cut(number)) for number in range(3)]
+    compiled = [torch.compile(model, fullgraph=True, backend="eager") for model in models]
+    expected = [run(model, "llama") for model in models]
+    assert not torch.equal(expected[0], expected[1])
+    for _ in range(2):
+        for one, found in zip(compiled, expected, strict=True):
+            assert torch.equal(run(one, "llama"), found)
+
+
 # -- threads ------------------------------------------------------------------------------------------------------------------
 
 
@@ -254,25 +325,25 @@ def test_threads_patch_different_models_at_once(rounds: int) -> None:
     assert [kept(model) for model in models] == before
 
 
-def test_threads_that_are_first_to_patch_a_class_get_one_class() -> None:
-    """Each round has a class of attention that nobody has patched before."""
-    for number in range(20):
-        models = [build() for _ in range(6)]
-        own = type(f"Attention{number}", (type(models[0].model.layers[0].self_attn),), {})
-        for model in models:
-            model.model.layers[0].self_attn.__class__ = own
-        start = threading.Barrier(len(models))
+def test_threads_that_are_first_to_patch_a_class_get_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = surgery.classes._subclass
 
-        def patch(model: Any, start: threading.Barrier = start) -> None:
-            start.wait(timeout=30)
-            patch_model(model, CUTS["z"])
+    def slowly(*args: Any, **members: Any) -> Any:
+        time.sleep(0.05)
+        return make(*args, **members)
 
-        with eager_switching(), ThreadPoolExecutor(len(models)) as pool:
-            list(pool.map(patch, models))
-        assert len({type(model.model.layers[0].self_attn) for model in models}) == 1
-        for model in models:
-            unpatch_model(model)
-            assert type(model.model.layers[0].self_attn) is own
+    monkeypatch.setattr("surgery.classes._subclass", slowly)
+    models = [build() for _ in range(4)]
+    own = type("FirstAttention", (type(models[0].model.layers[0].self_attn),), {})
+    for model in models:
+        model.model.layers[0].self_attn.__class__ = own
+        find_anatomy(model)
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(lambda model: patch_model(model, CUTS["z"]), models))
+    assert len({type(model.model.layers[0].self_attn) for model in models}) == 1
+    for model in models:
+        unpatch_model(model)
+        assert type(model.model.layers[0].self_attn) is own
 
 
 def path_of(model: nn.Module) -> str:
