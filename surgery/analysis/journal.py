@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from surgery.analysis.workers import ALONE, Workers
 from surgery.errors import SpecError, describe
+from surgery.export.offload import loaded
 
 LENGTH = 16
 """Digits of a hash that people read."""
@@ -141,7 +143,7 @@ def digest(named: Iterable[tuple[str, Any]]) -> str:
 
 
 def weights_of(model: Any) -> str:
-    """A hash of all parameters and kept buffers, and of which adapters take part, by peft's attributes."""
+    """A hash of all parameters and kept buffers, wherever they are, and of which adapters take part, by peft's attributes."""
     names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
     adapters = [
         (f"{path}.{name}", repr(getattr(module, name)))
@@ -149,7 +151,12 @@ def weights_of(model: Any) -> str:
         for name in names
         if hasattr(module, "active_adapters") and hasattr(module, name) and not callable(getattr(module, name))
     ]
-    return digest([*model.state_dict().items(), *adapters])[:LENGTH]
+    stored = ((name, loaded(model, name) if _is_away(value) else value) for name, value in model.state_dict().items())
+    return digest(itertools.chain(stored, adapters))[:LENGTH]
+
+
+def _is_away(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _few(numbers: np.ndarray) -> str:

@@ -7,7 +7,6 @@ are shared; attentions whose weights are not derived (latents, norms on v) are l
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -24,6 +23,7 @@ from surgery.analysis.repeats import usable_tokens
 from surgery.analysis.tables import as_html, as_text
 from surgery.errors import SpecError, UnsupportedArchitectureError, describe
 from surgery.evaluation import evaluating, uncached
+from surgery.export.offload import copied
 from surgery.factored import FactoredMatrix
 from surgery.heads import HeadWeights, heads_at
 from surgery.linear import linear_of
@@ -240,7 +240,8 @@ def copying_scores(model: nn.Module, layers: Any = None, inputs: Any = None) -> 
     if w_u.shape[0] != w_e.shape[1]:
         found = f"embeddings of {w_e.shape[1]} channels, an unembedding of {w_u.shape[0]}"
         raise SpecError(describe("copying_scores", found, "one width", "Multiply what lies between by hand."))
-    back = gain @ _product(w_u, w_e)  # d_model × d_model: G' W_U W_E
+    product = _product(w_u, w_e)
+    back = gain.to(product) @ product  # d_model × d_model: G' W_U W_E
     rows = []
     for attention in chosen:
         circuit = _circuit(heads_at(model, anatomy, attention.address), "v", notes)
@@ -251,8 +252,8 @@ def copying_scores(model: nn.Module, layers: Any = None, inputs: Any = None) -> 
                 f"{attention.address}: reads {circuit.shape[-2]} channels and writes {circuit.shape[-1]}, not {len(back)}"
             )
             continue
-        before = _gain(norms.get(readers[attention.address]), back.shape[1], attention.address, notes)
-        core = circuit.B.double() @ back @ before @ circuit.A.double()  # (head, d_head, d_head)
+        before = _gain(norms.get(readers[attention.address]), back.shape[1], attention.address, notes).to(back)
+        core = circuit.B.to(back) @ back @ before @ circuit.A.to(back)  # (head, d_head, d_head)
         values = torch.linalg.eigvals(core)
         trace, size = values.real.sum(-1), values.abs().sum(-1)
         for head, (total, all_sizes) in enumerate(zip(trace.tolist(), size.tolist(), strict=True)):
@@ -284,8 +285,8 @@ def _gain(norm: nn.Module | None, width: int, where: str, notes: list[str]) -> T
     if norm is None:
         notes.append(f"{where}: no norm before it was found, none is folded in")
         return torch.eye(width, dtype=torch.float64)
-    wide = copy.deepcopy(norm).double()
-    device = next((parameter.device for parameter in norm.parameters()), torch.device("cpu"))
+    wide = copied(norm).double()
+    device = next((parameter.device for parameter in wide.parameters()), torch.device("cpu"))
     eye = torch.eye(width, dtype=torch.float64, device=device)[None]
     with FrozenScales(unit=True):
         return wide(eye)[0].double() - wide(torch.zeros_like(eye[:, :1]))[0].double()
@@ -334,10 +335,9 @@ def _is_norm(part: nn.Module, width: int) -> bool:
     """Whether a module divides by a scale of its own, and is affine but for that."""
     if any(parameter.dim() > 1 for parameter in part.parameters()):
         return False
-    device = next((parameter.device for parameter in part.parameters()), torch.device("cpu"))
-    x = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0)).double().to(device)
+    x = torch.randn(3, 1, width, generator=torch.Generator().manual_seed(0)).double().to(runs_on(part))
     try:
-        wide = copy.deepcopy(part).double()
+        wide = copied(part).double()
         with FrozenScales(unit=True) as frozen:
             zero, one, two, both = (wide(t)[0].double() for t in (0 * x[:1], x[:1], x[1:2], x[:1] + x[1:2]))
     except Exception:  # of whatever kind a foreign forward raises: no norm takes anything but states

@@ -112,7 +112,8 @@ def collect(
 def _collected(model: Any, batch: Batch, data_hash: str, blocks: Sequence[Block], metric: Metric, **options: bool) -> Part:
     rows = rows_of(batch)
     found, losses = factors(model, blocks, rows, _losses(model, batch, metric, rows), **options)
-    by_block = {block.key: squared_norms(found[block.key]) for block in blocks}
+    losses = losses.cpu()  # layers may be on several devices
+    by_block = {block.key: squared_norms(found[block.key]).cpu() for block in blocks}
     norms = torch.stack(list(by_block.values())).sum(0)
     wrongs = (
         (~(losses.isfinite() & norms.isfinite()), "numbers that are not finite", "Check the model's weights, and the labels."),
