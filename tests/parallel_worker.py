@@ -46,6 +46,7 @@ from surgery.analysis import (
     path_patching,
 )
 from surgery.analysis.interference import collect
+from surgery.analysis.workers import alone
 
 IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(1))
 SITES = ("q", "k", "rot_q", "rot_k", "v", "scores", "pattern", "z")
@@ -226,6 +227,26 @@ def examples_of(patching: Any) -> dict[str, Any]:
     return {key: patching.examples[key].values for key in patching.keys}
 
 
+def factors(model: Any) -> Tensor:
+    gradients = collect(model, IDS, progress=False)
+    return torch.cat([tensor.flatten() for key in gradients.blocks for pair in gradients.factors(key) for tensor in pair])
+
+
+def whys(model: Any) -> list[str]:
+    """Why check_gradients has no gradients of a model whose weights come together before a forward."""
+    found = check_gradients(model, [], IDS).weights["why"]
+    return ["one" if "is spread over processes" in why else why for why in found]
+
+
+SHARDED: dict[str, Any] = {
+    "study": lambda model: torch.from_numpy(ablation_study(model, IDS, progress=False).examples),
+    "importance": lambda model: torch.tensor(
+        head_importance(model, IDS, IDS.flip(0), verify_top=3).frame["exact"]
+    ).nan_to_num(),
+    "interference": factors,
+}
+
+
 def trained() -> dict[str, Any]:
     """Gradients of a straight-through cut, each process with its part of the batch, against one process with all of it."""
     spec, ids = Freeze("both", [1], [2], backward="ste"), torch.cat([IDS, IDS.flip(0)])
@@ -255,6 +276,13 @@ def trained() -> dict[str, Any]:
         if order.startswith("sharded"):
             patch_model(model, spec)
         compare(order, model, model)
+        whole_too = FAMILIES["llama"].build()
+        unpatch_model(model)
+        for what, do in SHARDED.items():
+            with alone():
+                expected = do(whole_too)
+            found[f"{order}: {what}"] = gap(do(model), expected)
+        found[f"{order}: weights that are elsewhere"] = gap(*(torch.tensor([len(set(w))]) for w in (whys(model), ["one"])))
     return found
 
 

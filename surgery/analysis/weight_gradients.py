@@ -71,6 +71,8 @@ def _block(model: nn.Module, attention: Attention, site: str) -> Block:
     why = ""
     if weight is None or not isinstance(module, nn.Linear | Conv1D):
         why = f"{projection.path} is a {type(module).__name__}, which stores its weight in a way of its own"
+    elif hasattr(weight, "full_tensor"):  # torch's DTensor
+        why = f"the weight of {projection.path} is spread over processes"
     elif not has_numbers(weight):
         why = f"the weight of {projection.path} is quantised"
     elif weight.is_meta:
