@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks import growth, pictures, results, table
+from benchmarks import growth, pictures, plan, results, table
 from benchmarks.comparison import environments, ours, worker, works
 from benchmarks.comparison.environments import NotInstalled
 from benchmarks.comparison.grid import grid, markdown, notes, ways_of
@@ -26,6 +26,7 @@ from benchmarks.comparison.run import compare
 from benchmarks.comparison.task import Settings, Task
 from benchmarks.comparison.way import NotOffered, Way
 from surgery.cli import app
+from surgery.unfused import BLOCK_ENTRIES
 
 TOY = Settings(rounds=2, heavy=1, layers=2, heads=4, kv_heads=2, d_head=16, vocabulary=64, length=12, prompt=4, steps=6)
 HOME = [Eager.name, Hooked.name, ours.Reconstructed.name]
@@ -297,3 +298,31 @@ def test_unpatched_ways_offer_no_surgery() -> None:
     for call in (lambda: way.cut("z", [0], [0]), lambda: way.patterns(None), way.everything, way.importance):
         with pytest.raises(NotOffered):
             call()
+
+
+def test_the_plan_is_made_of_measured_constants(tmp_path: Path) -> None:
+    group = "growth of peak memory of the attention module alone over unpatched sdpa"
+    memory = [
+        {"group": group, "what": "scores of one head scaled", "value": 0.25, "matrix_bytes": 2 * 4 * BLOCK_ENTRIES["cpu"]},
+        {"group": group, "what": "pattern of one head captured", "value": 1.5},
+    ]
+    results.save(tmp_path / "overhead-cpu.json", {"rows": memory})
+    swept = [{"what": "CPU time over that of the plain loop, logits of one position", "value": 0.75}]
+    results.save(tmp_path / "sweep-cpu.json", {"rows": swept, "settings": {"layers": 2}})
+    scored = [{"work": "importance", "way": Auto.name, "cpu_value": 2.5}, {"work": "importance", "way": Hooked.name}]
+    results.save(tmp_path / "compare-gpt2-128-cpu.json", {"rows": scored})
+    assert plan.Constants.of(tmp_path) == plan.Constants(blocks=0.5, captured=1.5, sweep=1.0, attribution=2.5)
+    small = plan.Shape("toy", 2, 4, 2, 8, 32, 64, 100, 2**20)
+    attention = 2 * (32 * 4 * 8 + 32 * 2 * 8)
+    assert small.parameters == 2 * (attention + 3 * 32 * 64) + 2 * 100 * 32
+    lines = list(plan.lines(tmp_path, small))
+    assert f"| pattern of a head captured, one layer | 1.50 matrices of tokens² | {1.5 * 2**40 * 2 / 2**40:.1f} TiB |" in lines
+    assert any(
+        line.startswith("| sweep over all 8 heads | 1.00 × (2 + 1) / (2 × 2) of a forward each: 6 forwards |") for line in lines
+    )
+    assert any("| 0.5 blocks of 16,777,216 entries, float32 | 32 MiB |" in line for line in lines)
+    page = "<!-- plan -->\nold\n<!-- /plan -->\n<!-- benchmark:compare-gpt2-128 -->\n<!-- /benchmark:compare-gpt2-128 -->\n"
+    with pytest.raises(KeyError):
+        table.fill(page, tmp_path)  # these results have no machine
+    # By a count of Llama 3 70B's parameters that is published: 70.6 billion.
+    assert round(plan.LARGE.parameters / 1e9, 1) == 70.6
