@@ -34,14 +34,13 @@ def layer_of(module: nn.Module, layer: int = 0) -> int:
 
 def check_cache(cache: Cache, fingerprint: str, layer: int, path: str, is_cross: bool = False) -> None:
     """Marks an empty cache with a spec's fingerprint. Raises CacheError for one that was filled under another spec."""
-    if (stamp := getattr(cache, STAMP, "")) and stamp == fingerprint:
-        return
-    # A few families hand the parts of such a cache to their modules, and the whole to others.
-    parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
-    stamp = stamp or next((s for c in parts if (s := getattr(c, STAMP, ""))), "")
+    # The part that this call reads: a few families hand the parts to their modules, others put caches together.
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+    stamp = getattr(cache, STAMP, "")
     if stamp == fingerprint:
         return
-    filled = _length(parts[1] if parts and is_cross else cache, layer)
+    filled = _length(cache, layer)
     if isinstance(filled, Tensor) and torch.compiler.is_compiling():
         filled = 0  # a compiled graph cannot read it: a static cache without our mark is taken for an empty one
     if bool(filled > 0):
@@ -53,8 +52,7 @@ def check_cache(cache: Cache, fingerprint: str, layer: int, path: str, is_cross:
                 "Start generation anew: keys and values depend on the cuts (which may begin late: positions=range(n, m)).",
             )
         )
-    for one in (cache, *parts):
-        setattr(one, STAMP, fingerprint)
+    setattr(cache, STAMP, fingerprint)
 
 
 def _length(cache: Cache, layer: int) -> Any:

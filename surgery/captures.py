@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,7 @@ class Run:
         if self._keep == "last":
             self._steps[key].clear()
         self._steps[key].append(tensor.detach() if self._detach else tensor)
-        self._where[key] = where
+        self._where[key] = replace(where, allowed=None)
         if not torch.compiler.is_compiling():
             call = outermost_call()
             self._times[key] = self._times.get(key, 0) + 1 if call is not None and call is self._calls.get(key) else 1

@@ -18,6 +18,7 @@ from torch import nn
 
 from surgery.configs import config_view
 from surgery.core import Surgery
+from surgery.errors import SurgeryError, describe
 from surgery.inline import Inline
 from surgery.paged import beginning
 from surgery.reconstruction import Reconstruction
@@ -32,6 +33,16 @@ class Surgical:
 
     _surgery_base: type[nn.Module]
     _surgery_maker: Callable[[type[nn.Module]], type[nn.Module]]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise SurgeryError(
+            describe(
+                "DataParallel",
+                f"a patched {type(self)._surgery_base.__name__}, whose replicas would share what it knows of a forward",
+                "an unpatched model",
+                "Use torch.nn.parallel.DistributedDataParallel, or unpatch_model first.",
+            )
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no importable name: copies and pickles rebuild it from its base.

@@ -83,7 +83,11 @@ class Surgery:
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("module", "view", "ungrouped", "family", "rewriter", "config", "config_view", "share")
-        return {**self.__dict__, **dict.fromkeys(names)}
+        # What watches this model does not watch its copy.
+        unwatched = object.__new__(Surgery)
+        unwatched.__dict__.update(self.__dict__)
+        unwatched.set_plan(Plan(self.plan.operations, {}, self.plan.reconstruct), self.taps)
+        return {**unwatched.__dict__, **dict.fromkeys(names)}
 
     def attach(self, module: nn.Module, ungrouped: Any) -> None:
         """Takes the live module, and its view without head groups; whoever calls sets the view that its forward runs on."""
@@ -177,6 +181,8 @@ class Surgery:
     def require(self, sites: Iterable[str] | None = None) -> None:
         """After the family's forward: these points must have been reached; None: all that this forward must come to."""
         now = self.now
+        if now.where.allowed is not None:
+            now.where = replace(now.where, allowed=None)  # a mask of the whole matrix is not kept until the next forward
         if missing := [site for site in (now.awaited if sites is None else sites) if site not in now.reached]:
             raise SurgeryError(
                 describe(
@@ -393,14 +399,16 @@ class Surgery:
 
     def _all_heads(self, call: Call, done: Collection[str]) -> tuple[Tensor, Any]:
         """Everything by the reconstruction, every point in its place."""
-        mask = mask_of(self, call)
-        self.now.where.allowed = mask.allowed
+        mask, base = mask_of(self, call), self.now.where
+        self.now.where = replace(base, allowed=mask.allowed)
         arguments = self.rewriter.bind(call.query, call.key, call.value, mask.additive, call.kwargs)
 
         def at(site: str, tensor: Tensor) -> Tensor:
             return tensor if site in done else self.at(site, tensor)
 
-        return self.rewriter.graph(arguments, call.groups)(at if done else self.at, self.module, arguments)
+        found = self.rewriter.graph(arguments, call.groups)(at if done else self.at, self.module, arguments)
+        self.now.where = base
+        return found
 
 
 def _copied(tensor: Tensor) -> Tensor:

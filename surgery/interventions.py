@@ -159,8 +159,9 @@ class Operation:
         return self._broadcast(value, original, where)
 
     def _by_value(self, original: Tensor, where: Where) -> Tensor:
-        value = self._given(original, where)
-        return value.expand_as(original) if value.dim() else torch.full_like(original, self.edit.value)
+        if not isinstance(self.edit.value, Tensor):
+            return torch.full_like(original, self.edit.value)
+        return self._given(original, where).expand_as(original)
 
     def _by_scale(self, original: Tensor, where: Where) -> Tensor:
         return original * self._given(original, where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -31,6 +31,7 @@ from surgery.shares import share_of, split_problems
 from surgery.spec import Freeze, Spec
 from surgery.swap import foreign_classes, obstacles, patched_modules, restore, restore_all, swap, sweep, tap_problems
 from surgery.taps import runs_on
+from surgery.threads import CHANGES
 from surgery.verify import verify
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,7 +52,8 @@ def patch_model(model: Model, spec: Any = None, *, kernel: Kernel = "auto", stri
     Returns the same model object. Raises SpecError, NoMatchError, UnsupportedArchitectureError or PatchError, each listing
     all problems, with the model left exactly as it was.
     """
-    _apply(model, as_spec(spec), kernel, strict, _probes(model))
+    with CHANGES:
+        _apply(model, as_spec(spec), kernel, strict, _probes(model))
     return model
 
 
@@ -62,10 +64,11 @@ def unpatch_model(model: Model) -> Model:
     Raises PatchError, with nothing undone, if something else has changed a patched module's class meanwhile, if
     another thread has a block open on the model, or if continuous batching serves it.
     """
-    session = session_of(model)
-    if session is not None and (problems := _others(model)):
-        raise PatchError(listing("unpatch_model", problems))
-    restore_all(model)
+    with CHANGES:
+        session = session_of(model)
+        if session is not None and (problems := _others(model)):
+            raise PatchError(listing("unpatch_model", problems))
+        restore_all(model)
     if session is not None:
         _warn_silent(session.never_ran)
     return model
@@ -77,9 +80,7 @@ def patched(model: Model, spec: Any = None, *, kernel: Kernel = "auto", strict: 
 
     Warns (NotFiredWarning) of cuts that never ran in the block although the model did. Raises what patch_model raises.
     """
-    with _restored(model):
-        patch_model(model, spec, kernel=kernel, strict=strict)
-        _own(model)
+    with _restored(model, lambda: patch_model(model, spec, kernel=kernel, strict=strict)):
         yield model
 
 
@@ -94,8 +95,9 @@ def freeze_ov_circuit(model: Model, layers: Any = "all", heads: Any = "all", to:
 
 
 def _add(model: Model, cut: Freeze) -> Model:
-    spec, kernel = cuts_of(model)
-    return patch_model(model, spec + Spec(cut), kernel=kernel)
+    with CHANGES:
+        spec, kernel = cuts_of(model)
+        return patch_model(model, spec + Spec(cut), kernel=kernel)
 
 
 def as_spec(spec: Any) -> Spec:
@@ -147,37 +149,54 @@ def probed(
     model: nn.Module, probes: Mapping[str, Sequence[Probe]], kernel: str | None = None, strict: bool = True
 ) -> Iterator[None]:
     """Within the block, probes (by address) watch the model, with whatever cuts and probes it has already."""
-    spec, own_kernel = cuts_of(model)
-    before = _probes(model)
-    together = {address: [*before.get(address, ()), *probes.get(address, ())] for address in {**before, **probes}}
-    with _restored(model):
+
+    def watch() -> None:
+        spec, own_kernel = cuts_of(model)
+        before = _probes(model)
+        together = {address: [*before.get(address, ()), *probes.get(address, ())] for address in {**before, **probes}}
         _apply(model, spec, kernel or own_kernel, strict, together)
-        _own(model)
+
+    with _restored(model, watch):
         yield
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Brings back, at the end, the state of patching that the model has now: plans, taps and session.
+def _restored(model: nn.Module, change: Callable[[], Any]) -> Iterator[None]:
+    """Makes a change, and at the end brings back the state of patching of before: plans, taps and session.
 
-    Raises PatchError, with the model as it was, if continuous batching still serves it then.
+    Raises PatchError, with the model as it was, if another thread has a block open on it, or if continuous batching still
+    serves it at the end.
     """
-    before = session_of(model)
-    probes = _probes(model)
+    with CHANGES:
+        # Before there is anything to bring back: a block that is refused must not undo that of another thread.
+        if problems := _others(model):
+            raise PatchError(listing("patch_model", problems))
+        before, probes = session_of(model), _probes(model)
+        try:
+            change()
+            _own(model)
+        except BaseException:
+            _bring_back(model, before, probes)
+            raise
     failed = True
     try:
         yield
         failed = False
     finally:
-        inner = session_of(model)
-        silent = inner.never_ran if inner is not None and inner is not before and not failed else []
-        if before is None:
-            restore_all(model)
-        else:
-            _apply(model, before.spec, before.kernel, False, probes, before)
+        with CHANGES:
+            inner = session_of(model)
+            silent = inner.never_ran if inner is not None and inner is not before and not failed else []
+            _bring_back(model, before, probes)
         if not failed and (problems := batching_problems(model)):
             raise PatchError(listing("the block has ended", problems))
         _warn_silent(silent)
+
+
+def _bring_back(model: nn.Module, before: Session | None, probes: Mapping[str, Sequence[Probe]]) -> None:
+    if before is None:
+        restore_all(model)
+    else:
+        _apply(model, before.spec, before.kernel, False, probes, before)
 
 
 def _own(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from surgery.interventions import Operation
 from surgery.spec import Spec
 from surgery.threads import PerThread
 from surgery.where import Where
+
+_MARK = "_surgery_mark"
 
 
 @dataclass
@@ -100,7 +103,8 @@ class Session:
     owner: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "anatomy": None}
+        # Blocks are open on this model, not on its copy.
+        return {**self.__dict__, "anatomy": None, "owner": None}
 
     def enter(self, address: str) -> None:
         """Counts a run of a module. When one runs again after another, modules that never ran were left out by a forward.
@@ -138,16 +142,25 @@ class Session:
         return [] if self.is_cut_off else sorted(self.planned - set(self.runs))
 
 
+class _Mark:
+    """Lies in the keyword arguments of a call, which have been handed on by then, and goes with them."""
+
+
+def _mark_of(frame: types.FrameType) -> Any:
+    kwargs = frame.f_locals["kwargs"]
+    return weakref.ref(kwargs.setdefault(_MARK, _Mark()))
+
+
 def outermost_call() -> Any:
-    """An object that only the present call of the outermost module has: its keyword arguments."""
-    return next(reversed([frame.f_locals["kwargs"] for frame in _calls()]), None)
+    """An object that only the present call of the outermost module has, and that keeps nothing of it alive."""
+    return next((_mark_of(frame) for frame in reversed(list(_calls()))), None)
 
 
 def model_call() -> Any:
     """The same of the innermost model of transformers; of the outermost module if there is none."""
     models = (frame for frame in _calls() if isinstance(frame.f_locals["self"], PreTrainedModel))
     found = next(models, None)
-    return outermost_call() if found is None else found.f_locals["kwargs"]
+    return outermost_call() if found is None else _mark_of(found)
 
 
 def _calls() -> Iterator[types.FrameType]:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
+CHANGES = threading.RLock()
+"""Held while a model is patched, unpatched or brought back: what is checked then still holds when it is done."""
 BORROWED = threading.RLock()
 """Held while an attention is recorded or compared: what that draws of the random numbers of all threads, it puts back."""
 

@@ -14,7 +14,7 @@ import torch
 from families import D_MODEL, FAMILIES, HEADS, LENGTH
 from test_exactness import NO_STATIC_CACHE, by_chunks, cache_error, fresh, generate, new_cache, vectors
 from torch import Tensor
-from transformers import EncoderDecoderCache, StaticCache, T5Gemma2ForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache, T5Gemma2ForConditionalGeneration
 from zoo.build import make_config
 
 import surgery.core
@@ -326,3 +326,15 @@ def test_joined_keys_have_no_position_beside_a_cache(merged: Any, site: str) -> 
         merged_logits(merged, True)
     assert merged_logits(merged, False).isfinite().all()
     unpatch_model(merged)
+
+
+def test_a_part_of_a_cache_of_other_cuts_is_refused() -> None:
+    """Keys of a cross-attention that were filled under other cuts, beside an empty cache of the decoder's own."""
+    model, given = FAMILIES["bart"].build(), FAMILIES["bart"].inputs()
+    patch_model(model, Edit("k", "scale", 3.0, layers=["decoder.cross.*"]))
+    with torch.no_grad():
+        filled = model(**given, use_cache=True).past_key_values
+        model(**given, past_key_values=EncoderDecoderCache(DynamicCache(), filled.cross_attention_cache))
+        patch_model(model, Edit("v", "scale", 0.5, layers=["decoder.cross.*"]))
+        with pytest.raises(CacheError, match="filled under another spec"):
+            model(**given, past_key_values=EncoderDecoderCache(DynamicCache(), filled.cross_attention_cache))

@@ -9,9 +9,11 @@ import copy
 import gc
 import itertools
 import linecache
+import pickle
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,13 +26,14 @@ from families import FAMILIES, VOCAB
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
-from transformers import AttentionInterface, RoFormerConfig, RoFormerForMaskedLM
+from transformers import AttentionInterface, DynamicCache, RoFormerConfig, RoFormerForMaskedLM
 from transformers.masking_utils import AttentionMaskInterface
 
 import surgery.classes
 from surgery import (
     Edit,
     Freeze,
+    PatchError,
     Spec,
     SurgeryError,
     capture,
@@ -360,3 +363,89 @@ def eager_switching() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
+
+
+def test_blocks_of_several_threads_on_one_model_are_refused_whole() -> None:
+    """A block that is refused leaves the other's cuts alone, wherever the two meet; in the end the model is as it was."""
+    model, given = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    amounts, wrong, done = (0.1, 0.4, 0.8), [], []
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        found: Tensor = model(**given).logits
+        return found
+
+    plain, expected = logits(), {}
+    for amount in amounts:
+        with patched(model, Edit("z", "scale", amount)):
+            expected[amount] = logits()
+
+    def work(amount: float) -> None:
+        for _ in range(30):
+            try:
+                with patched(model, Edit("z", "scale", amount)):
+                    if not all(torch.equal(logits(), expected[amount]) for _ in range(2)):
+                        wrong.append(amount)
+                    done.append(amount)
+            except PatchError as error:
+                if "has open on this model" not in str(error):
+                    wrong.append(error)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(amount,)) for amount in amounts]
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert not wrong and done
+    assert torch.equal(logits(), plain) and type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+def test_a_copy_made_in_a_block_is_of_no_block() -> None:
+    model, given = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    with capture(model, "z") as run, torch.no_grad():
+        copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        model(**given)
+        copied(**given)
+    assert len(run.steps("self.0", "z")) == 1
+    failed: list[Exception] = []
+
+    def elsewhere() -> None:
+        for other in (copied, loaded):
+            try:
+                patch_model(other, Edit("z", "zero"))
+            except PatchError as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert not failed
+    for other in (copied, loaded):
+        assert not any(module._surgery.plan.probes for module in other.modules() if isinstance(module, SurgicalAttention))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+def test_a_forward_leaves_nothing_of_its_inputs_behind(kernel: Any) -> None:
+    model, ids = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()["input_ids"]
+    patch_model(model, [Freeze("ov", heads=[1], positions=range(2, 4)), Edit("pattern", "uniform", heads=[0])], kernel=kernel)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    gone = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert gone() is None
+    assert all(m._surgery.now.where.allowed is None for m in model.modules() if isinstance(m, SurgicalAttention))
+
+
+def test_replicas_of_data_parallel_are_refused() -> None:
+    model = patch_model(FAMILIES["llama"].build())
+    with pytest.raises(SurgeryError, match=r"DataParallel: found a patched LlamaAttention.*DistributedDataParallel"):
+        model.model.layers[0].self_attn._replicate_for_data_parallel()  # which DataParallel calls in each forward
