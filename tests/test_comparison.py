@@ -24,7 +24,7 @@ from benchmarks.comparison.ours import Auto
 from benchmarks.comparison.plain import Eager, Sdpa
 from benchmarks.comparison.run import compare
 from benchmarks.comparison.task import Settings, Task
-from benchmarks.comparison.way import NotOffered, Way
+from benchmarks.comparison.way import NotOffered, Way, frozen
 from surgery.cli import app
 from surgery.unfused import BLOCK_ENTRIES
 
@@ -291,6 +291,22 @@ def test_the_command_runs_the_benchmarks(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(command, "__file__", str(tmp_path / "a" / "b" / "bench.py"))
     away = CliRunner().invoke(app, ["bench"])
     assert away.exit_code == 1 and "found no benchmarks in" in away.output and "Clone the repository" in away.output
+
+
+def test_attribution_is_charged_for_no_gradient_of_weights() -> None:
+    model = Task(TOY).twin("sdpa")
+    fixed = next(model.parameters())
+    fixed.requires_grad_(False)
+    with frozen(model):
+        logits = model(Task(TOY).ids).logits
+        assert logits.requires_grad, "gradients come to activations"
+        logits.sum().backward()
+        with torch.no_grad():
+            assert not model(Task(TOY).ids).logits.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter for parameter in model.parameters() if not parameter.requires_grad] == [fixed]
+    with torch.enable_grad():
+        assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_unpatched_ways_offer_no_surgery() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -76,9 +76,36 @@ class Way:
         """(layer, head): minus z times the gradient of the logit difference, summed; what a cut changes, to first order."""
         raise NotOffered("no gradients of activations")
 
+    def for_importance(self) -> AbstractContextManager[Any]:
+        """Open, off the clock, while `importance` is called."""
+        return nullcontext()
+
     def install(self, model: Any) -> None:
         """Puts what cuts need into a fresh model; and takes it out again, where that can be done."""
         raise NotOffered("nothing is put into the model")
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No weight has a gradient, and the graph starts at the embedding's output: a backward pass is one of activations alone.
+
+    For libraries that have `backward` and nothing like `torch.autograd.grad`, which leaves weights out by itself.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def start(module: Any, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    hook = model.get_input_embeddings().register_forward_hook(start)
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def log_probability(logits: Tensor, task: Task) -> Tensor:

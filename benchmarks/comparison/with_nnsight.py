@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.comparison.places import channels, places, score, sorted_out
 from benchmarks.comparison.task import Task
-from benchmarks.comparison.way import Way
+from benchmarks.comparison.way import Way, frozen
 
 
 class Nnsight(Way):
@@ -116,8 +116,10 @@ class Nnsight(Way):
                     gradients.insert(0, one.grad)
             z = nnsight.save(z)
             gradients = nnsight.save(gradients)
-        self.model.zero_grad()
         return torch.stack([score(*pair, self.task.settings) for pair in zip(z, gradients, strict=True)])
+
+    def for_importance(self) -> AbstractContextManager[Any]:
+        return frozen(self.model)
 
     def install(self, model: Any) -> None:
         self._wrap(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison.task import Task
-from benchmarks.comparison.way import Way
+from benchmarks.comparison.way import Way, frozen
 
 SITES = ("q", "k", "v", "pattern", "z")
 
@@ -84,8 +84,10 @@ class TransformerLens(Way):
         hooks = {f"{way}_hooks": [(name, keep(way, name)) for name in names] for way in found}
         with torch.enable_grad(), self.bridge.hooks(**hooks):
             self.task.difference(self.bridge(self.task.ids)).backward()
-        self.bridge.zero_grad()
         return torch.stack([-(found["fwd"][name].detach() * found["bwd"][name]).sum((0, 1, 3)) for name in names])
+
+    def for_importance(self) -> AbstractContextManager[Any]:
+        return frozen(self.model)
 
     def install(self, model: Any) -> None:
         self._boot(model)

@@ -106,6 +106,7 @@ def sweep(way: Way, task: Task, stack: ExitStack) -> Run:
 
 
 def importance(way: Way, task: Task, stack: ExitStack) -> Run:
+    stack.enter_context(way.for_importance())
     return Run(way.importance)
 
 
