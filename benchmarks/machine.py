@@ -44,8 +44,10 @@ def sentence(machine: dict[str, Any]) -> str:
     return f"{where}; torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}"
 
 
-def available_bytes() -> int:
-    """Memory that a new process could take without swapping."""
+def available_bytes(device: str = "cpu") -> int:
+    """Memory that a new process could take without swapping; of a CUDA device, what this one could."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 

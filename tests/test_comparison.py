@@ -60,7 +60,7 @@ def test_every_way_that_can_agrees_and_is_measured(found: dict[str, Any]) -> Non
 
 
 def test_works_that_cut_change_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {work.name for work in works.WORKS if work.cuts} == {"cut_z", "freeze_qk", "step_cut", "decode_cut", "train_cut"}
+    assert {work.name for work in works.WORKS if work.cuts} == {"cut_z", "freeze_qk", "step_cut", "decode_cut", "sweep", "train_cut"}
     monkeypatch.setattr(Auto, "cut", lambda self, *args, **options: contextlib.nullcontext())
     with pytest.raises(RuntimeError, match="z of two heads cut, every layer: changes nothing that is compared"):
         worker.measure(TOY, [])
@@ -134,10 +134,10 @@ def test_an_error_of_ours_is_not_hidden(short: Settings, monkeypatch: pytest.Mon
 
 def test_work_that_does_not_fit_into_memory_is_left_out(short: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     held = 4 * TOY.length * TOY.heads * TOY.layers * TOY.length
-    monkeypatch.setattr(worker, "available_bytes", lambda: 5 * held - 1)
+    monkeypatch.setattr(worker, "available_bytes", lambda device: 5 * held - 1)
     found = cells(worker.measure(short, []))
     assert found["patterns", Auto.name]["note"].startswith("needs ") and "value" in found["forward", Auto.name]
-    monkeypatch.setattr(worker, "available_bytes", lambda: 5 * held)
+    monkeypatch.setattr(worker, "available_bytes", lambda device: 5 * held)
     assert "value" in cells(worker.measure(short, []))["patterns", Auto.name]
 
 

@@ -18,6 +18,7 @@ class Hooked(Way):
     """Cuts under the model's fused kernel; for patterns, which it never has, a twin that runs eager attention."""
 
     name, key = "plain torch hooks", "hooks"
+    whole_layers = 1
 
     @cached_property
     def eager(self) -> Any:

@@ -63,6 +63,7 @@ class Reconstructed(Auto):
     """The same with every attention reconstructed, over an eager model."""
 
     name, key, kernel, implementation = 'attention-surgery, kernel="eager"', "surgery-eager", "eager", "eager"
+    whole_layers = 1
 
     def sweep(self, places: Sequence[Place]) -> Tensor:
         raise NotOffered("not measured: as with kernel='auto'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -17,6 +18,7 @@ class Sdpa(Way):
 
 class Eager(Way):
     name, key, implementation = "unpatched eager", "eager", "eager"
+    whole_layers = math.inf
 
     def patterns(self, heads: Sequence[int] | None) -> list[Tensor]:
         found = self.model(self.task.ids, output_attentions=True, use_cache=False).attentions

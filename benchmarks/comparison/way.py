@@ -30,6 +30,10 @@ class Way:
     key: ClassVar[str]
     package: ClassVar[str | None] = None
     implementation: ClassVar[str] = "sdpa"
+    whole_layers: ClassVar[float] = 0
+    """Of how many layers it holds the patterns of all heads at a time when it gives those of some."""
+    remark: ClassVar[str | None] = None
+    """What has to be known of its numbers, in a few words."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -18,6 +18,7 @@ from benchmarks.comparison.way import Way, frozen
 class Nnsight(Way):
     name, key = "nnsight", "nnsight"
     package: ClassVar[str | None] = "nnsight"
+    whole_layers = 1
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -85,8 +86,8 @@ class Nnsight(Way):
         import nnsight
 
         with self.eager.trace(self.task.ids, use_cache=False):
-            found = [attention.output[1] for attention in self.where.attentions(self.eager)]
-            found = nnsight.save(found if heads is None else [pattern[:, list(heads)] for pattern in found])
+            index = slice(None) if heads is None else list(heads)
+            found = nnsight.save([attention.output[1][:, index] for attention in self.where.attentions(self.eager)])
         return found
 
     def everything(self) -> Any:

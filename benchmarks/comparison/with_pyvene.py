@@ -1,4 +1,7 @@
-"""pyvene (0.1.8 or newer): interventions at a head's query or attention value output, of an IntervenableModel made before."""
+"""pyvene (0.1.8 or newer): interventions at a head's query or attention value output, of an IntervenableModel made before.
+
+Work without cuts has no intervention, and runs the plain model.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ COMPONENTS = {"z": "head_attention_value_output", "q": "head_query_output"}
 class Pyvene(Way):
     name, key = "pyvene", "pyvene"
     package: ClassVar[str | None] = "pyvene"
+    remark: ClassVar[str | None] = "work without cuts runs the plain model"
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -52,11 +56,18 @@ class Pyvene(Way):
     def logits(self, ids: Tensor, past: Any = None) -> Tensor:
         if self.present is None:
             return super().logits(ids, past)
-        if past is not None:
-            raise NotOffered("takes no cache")
+        more = {} if past is None else {"past_key_values": past, "use_cache": True}
+        return self._intervened({"input_ids": ids, **more}).logits
+
+    def cache(self, ids: Tensor) -> Any:
+        return super().cache(ids) if self.present is None else self._intervened({"input_ids": ids, "use_cache": True}).past_key_values
+
+    def _intervened(self, inputs: dict[str, Any]) -> Any:
+        """The model's output, under the cuts."""
+        assert self.present is not None
         model, heads = self.present
-        units = {"base": [[heads] * len(ids)] * len(model.interventions)}
-        return model({"input_ids": ids}, unit_locations=units)[1].logits
+        units = {"base": [[heads] * len(inputs["input_ids"])] * len(model.interventions)}
+        return model(inputs, unit_locations=units)[1]
 
     def generate(self, ids: Tensor, steps: int) -> Tensor:
         if self.present is None:

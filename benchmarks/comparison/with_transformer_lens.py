@@ -19,6 +19,7 @@ SITES = ("q", "k", "v", "pattern", "z")
 class TransformerLens(Way):
     name, key = "TransformerLens", "transformer-lens"
     package: ClassVar[str | None] = "transformer-lens"
+    whole_layers = 1
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -63,9 +64,17 @@ class TransformerLens(Way):
         return self.bridge.run_with_cache(self.task.ids, names_filter=lambda name: name in wanted)[1]
 
     def patterns(self, heads: Sequence[int] | None) -> list[Tensor]:
-        cache = self._cached(["pattern"])
-        found = [cache[f"blocks.{layer}.attn.hook_pattern"] for layer in self.task.layers]
-        return found if heads is None else [pattern[:, list(heads)] for pattern in found]
+        names = [f"blocks.{layer}.attn.hook_pattern" for layer in self.task.layers]
+        if heads is None:
+            cache = self._cached(["pattern"])
+            return [cache[name] for name in names]
+        found: list[Tensor] = []
+
+        def keep(tensor: Tensor, hook: Any) -> None:
+            found.append(tensor[:, list(heads)])
+
+        self.bridge.run_with_hooks(self.task.ids, fwd_hooks=[(name, keep) for name in names])
+        return found
 
     def everything(self) -> Any:
         return self._cached(SITES)

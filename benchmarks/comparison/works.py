@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison.task import Settings, Task
-from benchmarks.comparison.way import Way
+from benchmarks.comparison.way import Way, log_probability
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Work:
     """words: what it is. start: makes a run of a way; contexts that have to be open meanwhile go onto the stack.
 
     over: the work of the unpatched sdpa model in which costs are counted. heavy: of many forwards. memory: its peak is
-    measured, too. cuts: it must change what `over` gives. held: numbers that the results have, for each of batch × length; work
+    measured, too. cuts: it must change what `over` gives (uncut: in the shape of what it gives itself). held: numbers that the results have, for each of batch × length; work
     that does not fit into memory is left out.
     """
 
@@ -38,6 +38,7 @@ class Work:
     heavy: bool = False
     memory: bool = False
     cuts: bool = False
+    uncut: Callable[[list[Tensor], Task], list[Tensor]] = lambda found, task: found
     held: Callable[[Settings], int] = lambda s: 0
 
     @property
@@ -72,7 +73,7 @@ def step(site: str | None) -> Callable[[Way, Task, ExitStack], Run]:
 def decode(site: str | None) -> Callable[[Way, Task, ExitStack], Run]:
     def start(way: Way, task: Task, stack: ExitStack) -> Run:
         _cut(way, task, stack, site)
-        return Run(lambda: way.generate(task.prompt, task.settings.steps), lambda found: [found.float()])
+        return Run(lambda: way.generate(task.prompt, task.settings.steps), lambda found: [found])
 
     return start
 
@@ -121,6 +122,10 @@ def _cut(way: Way, task: Task, stack: ExitStack, site: str | None, ste: bool = F
         stack.enter_context(way.cut(site, task.layers, task.two, ste))
 
 
+def _uncut_sweep(logits: list[Tensor], task: Task) -> list[Tensor]:
+    return [log_probability(logits[0], task).expand(len(task.places), -1)]
+
+
 def _two(s: Settings) -> int:
     return 2 * s.layers * s.length
 
@@ -140,7 +145,7 @@ WORKS: Sequence[Work] = (
     Work("step_cut", "one token, z of two heads cut", step("z"), over="step", cuts=True),
     Work("decode", "decoding", decode(None), over="decode", heavy=True),
     Work("decode_cut", "decoding, z of two heads cut", decode("z"), over="decode", heavy=True, cuts=True),
-    Work("sweep", "z of every head cut in turn, in forwards", sweep, heavy=True),
+    Work("sweep", "z of every head cut in turn, in forwards", sweep, heavy=True, cuts=True, uncut=_uncut_sweep),
     Work("importance", "attribution of all heads, in forwards", importance),
     Work("train", "forward and backward, unpatched", train(None), over="train"),
     Work("train_cut", "forward and backward, ste cut of z of two heads", train("z"), over="train", cuts=True),
