@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.comparison.ours import Auto
 from benchmarks.comparison.plain import Eager, Flex, Sdpa
 from benchmarks.comparison.task import Settings
 from benchmarks.comparison.worker import WAYS
@@ -37,11 +38,12 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     said: dict[tuple[str, str], list[str]] = {}
     words = {work.name: work.words for work in WORKS}
     unpatched = {way.name for way in (Sdpa, Eager, Flex)}
+    remarks = [f"{way}: {remark}" for way in ways_of(found) if (remark := WAYS[way].remark)]
     for row in found["rows"]:
         if note := row.get("note") or (row["way"] not in unpatched and row.get("lacks")):
             said.setdefault((row["way"], note), []).append(words[row["work"]])
     every = len({row["work"] for row in found["rows"]})
-    return [
+    return remarks + [
         f"{way}: {note}" if len(works) == every else f"{way}: {note} ({'; '.join(works)})"
         for (way, note), works in said.items()
     ]
@@ -53,24 +55,44 @@ def _cell(row: Mapping[str, Any], is_memory: bool, is_short: bool, is_gpu: bool)
     if is_memory:
         return f"{row['memory']:.2f}"
     value, low, high = (row[f"{'' if is_gpu else 'cpu_'}{name}"] for name in ("value", "low", "high"))
-    digits = 3 if value < 2 else 2 if value < 10 else 1
-    ratio = f"{value:.{digits}f}" if is_short else f"{value:.{digits}f} ({low:.{digits}f} – {high:.{digits}f})"
+    digits = _digits(value)
+    ratio = _number(value) if is_short else f"{_number(value)} ({low:.{digits}f} – {high:.{digits}f})"
     return f"{ratio}, {1000 * row['seconds'][1]:.2f} ms" if is_gpu else ratio
+
+
+def _digits(value: float) -> int:
+    return 3 if value < 2 else 2 if value < 10 else 1
+
+
+def _number(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
+
+
+def _version(name: str, of: Mapping[str, str], here: Mapping[str, Any]) -> str:
+    """A library's, and those of torch and transformers in its environment where they are others."""
+    others = [f"{package} {number}" for package, number in of.items() if package != "itself" and number != here.get(package)]
+    return f"{name} {of['itself']}" + (f" (with {', '.join(others)})" if others else "")
 
 
 def markdown(found: Mapping[str, Any]) -> Iterator[str]:
     """Lines: what and where, the table of times, that of memory, what there is not."""
     settings = Settings(**found["settings"])
     what = "time" if "gpu" in found["machine"] else "CPU time"
-    libraries = ", ".join(f"{name} {of['itself']}" for name, of in found["versions"].items())
+    libraries = ", ".join(_version(name, of, found["machine"]) for name, of in found["versions"].items())
     rounds = f"{settings.rounds} interleaved rounds ({settings.heavy} of decoding and sweeps)"
     where = "; ".join(part for part in (sentence(found["machine"]), libraries) if part)
     yield f"{where}; seed {settings.seed}, {rounds}, {found['machine']['date']}."
     yield f"{settings.shape}: {what} over unpatched sdpa.\n"
     yield from _table("median (quartiles)", ways_of(found), grid(found))
+    for way in ways_of(found):
+        if beside := [row for row in found["rows"] if row["way"] == way and "value" in row and row.get("ours") is not None]:
+            words = {work.name: work.words for work in WORKS}
+            taken = "; ".join(f"{words[row['work']]} {_number(row['ours'])}" for row in beside)
+            yield f"\nIn the process of {way}, {Auto.name} takes: {taken}."
     memory = grid(found, is_memory=True)
     if memory:
-        yield ""
+        layers = {row["memory_layers"] for row in found["rows"] if "memory_layers" in row}
+        yield f"\nPeak memory over unpatched sdpa, in models of {' or '.join(map(str, sorted(layers)))} layers.\n"
         yield from _table("peak memory", ways_of(found), memory)
     yield ""
     yield from (f"* {note}" for note in notes(found))

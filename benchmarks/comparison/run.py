@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import machine
 from benchmarks.comparison.environments import NotInstalled
@@ -28,19 +31,20 @@ def compare(settings: Settings, names: Sequence[str], python_of: Callable[[str],
     """
     rows, versions, notes = [], {}, {}
     for interpreter, some in _processes(names, python_of, notes):
+        is_home = not any(WAYS[name].package for name in some)
         try:
             found = _process(interpreter, settings, some, say)
         except RuntimeError as error:
-            if interpreter == Path(sys.executable):
+            if is_home:
                 raise
             notes |= dict.fromkeys(some, f"its process fails: {str(error).strip().splitlines()[-1]}")
             continue
-        ours = {row["work"]: row.get("cpu_value") for row in found["rows"] if row["way"] == ALWAYS[1]}
-        is_home = interpreter == Path(sys.executable) and not any(WAYS[name].package for name in some)
+        value = "cpu_value" if torch.device(settings.device).type == "cpu" else "value"
+        ours = {row["work"]: row.get(value) for row in found["rows"] if row["way"] == ALWAYS[1]}
         more = {name: {**found["with"], "itself": number} for name, number in found["versions"].items()}
         versions |= more
         rows += [
-            row if is_home else {**row, "ours": ours[row["work"]]}
+            row if is_home else {**row, "ours": ours.get(row["work"])}
             for row in found["rows"]
             if is_home or row["way"] not in ALWAYS
         ]
@@ -71,14 +75,21 @@ def _processes(
 def _process(python: Path, settings: Settings, names: Sequence[str], say: Say) -> dict[str, Any]:
     command = [str(python), "-m", "benchmarks.comparison.worker", json.dumps(asdict(settings)), *names]
     lines = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith(settings.name):
-                say(line.strip())
-        output = process.stdout.read()
+    # A pipe that nobody reads meanwhile would stop a library that prints much.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                lines.append(line)
+                if line.startswith(settings.name):
+                    say(line.strip())
+        output.seek(0)
+        printed = output.read().strip().splitlines()
     if process.returncode:
-        raise RuntimeError("".join(line for line in lines[-40:] if not line.startswith(settings.name)) or "no word")
-    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+        said = "".join(line for line in lines[-40:] if not line.startswith(settings.name))
+        raise RuntimeError(said.strip() or f"ends with {process.returncode} and no word")
+    try:
+        found: dict[str, Any] = json.loads(printed[-1])
+    except (IndexError, ValueError):
+        raise RuntimeError("prints no findings at its end") from None
     return found
