@@ -34,6 +34,8 @@ COLORS = dict(
 """Of ways: this library in blue."""
 MOST = 3.0
 """Ratios above are drawn up to here, with their number beside them."""
+DRAWN = ("forward", "cut_z", "two_patterns", "patterns")
+"""Work whose peaks of memory are drawn."""
 MANY = (0.01, 400.0)
 """Forwards, on a scale of powers of ten."""
 
@@ -69,13 +71,19 @@ def _wanted(results: Path, out: Path) -> Iterator[tuple[Path, list[Path], Any]]:
     """Each picture: its file, the results that it shows, and what draws it."""
     comparisons = sorted(results.glob("compare-*-*-*.json"))
     for source in comparisons:
-        yield out / f"{source.stem}.svg", [source], lambda found: bars(found[0])
+        if any("value" in row and row["way"] != Sdpa.name for row in _rows(source)):
+            yield out / f"{source.stem}.svg", [source], lambda found: bars(found[0])
     for start in sorted({re.sub(r"-\d+-(\w+)\.json$", r"-*-\1.json", path.name) for path in comparisons}):
         sources = sorted(results.glob(start), key=lambda path: int(path.stem.split("-")[2]))
-        if len(sources) > 1:
+        if len(sources) > 1 and any(row["work"] in DRAWN and "memory_mib" in row for path in sources for row in _rows(path)):
             yield out / f"memory-{start.split('-')[1]}-{start.split('-')[3].removesuffix('.json')}.svg", sources, memory
     for source in sorted(results.glob("growth-*.json")):
         yield out / f"{source.stem}.svg", [source], lambda found: growth(found[0])
+
+
+def _rows(source: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(source.read_text(encoding="utf-8"))["rows"]
+    return found
 
 
 def bars(found: Mapping[str, Any]) -> Figure:
@@ -131,14 +139,16 @@ def _bars(axes: Axes, found: Mapping[str, Any], works: Sequence[Work], ways: Seq
 def memory(found: Sequence[Mapping[str, Any]]) -> Figure:
     """Peak memory above the weights against the context, a panel for each work, a line for each way."""
     words = {work.name: work.words for work in WORKS}
-    works = [
-        work for work in ("forward", "cut_z", "two_patterns", "patterns") if any("memory_mib" in r for r in found[0]["rows"])
-    ]
-    figure = new_figure(3.1 * len(works), 3.4, "Peak memory of one forward, a layer")
-    for axes, work in zip(figure.subplots(1, len(works), sharey=True), works, strict=True):
+    measured = [row for one in found for row in one["rows"] if "memory_mib" in row]
+    works = [work for work in DRAWN if any(row["work"] == work for row in measured)]
+    layers = " or ".join(str(number) for number in sorted({row["memory_layers"] for row in measured}))
+    figure = new_figure(
+        max(6.2, 3.1 * len(works)), 3.4, f"Peak memory of one forward above the weights, models of {layers} layers"
+    )
+    for axes, work in zip(figure.subplots(1, len(works), sharey=True, squeeze=False)[0], works, strict=True):
         for way in WAYS:
             rows = [(f["settings"], r) for f in found for r in f["rows"] if (r["work"], r["way"]) == (work, way)]
-            points = [(s["length"], r["memory_mib"] / s["layers"]) for s, r in rows if "memory_mib" in r]
+            points = [(s["length"], r["memory_mib"]) for s, r in rows if "memory_mib" in r]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, color=COLORS[way], label=way)
         axes.set_xscale("log", base=2)
