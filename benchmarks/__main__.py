@@ -49,7 +49,12 @@ def main() -> None:
             with console.status(f"{settings.name}: starts") as status:
                 python_of = partial(environments.python_of, folder=given.environments, say=status.update)
                 here = environments.here if given.here else python_of
-                found = compare(settings, [keys[key] for key in given.ways], here, status.update)
+                try:
+                    found = compare(settings, [keys[key] for key in given.ways], here, status.update)
+                except RuntimeError as error:
+                    sys.exit(
+                        f"{error}\n{settings.name}: the process of this library itself fails, as said above; nothing is written"
+                    )
             path = given.out / f"{settings.name}-{settings.device.partition(':')[0]}.json"
             results.save(path, found)
             path.with_suffix(".md").write_text("\n".join(markdown(found)) + "\n", encoding="utf-8")

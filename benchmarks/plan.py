@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,23 +65,49 @@ class Constants:
 
     @classmethod
     def of(cls, results: Path) -> Constants:
-        """From the committed results. Raises KeyError for results without what is needed."""
+        """From the committed results. Raises FileNotFoundError or ValueError, which say what to run, where they lack it."""
 
-        def rows(name: str) -> list[dict[str, Any]]:
-            found: list[dict[str, Any]] = json.loads((results / f"{name}-cpu.json").read_text(encoding="utf-8"))["rows"]
+        def read(name: str) -> dict[str, Any]:
+            path = results / f"{name}-cpu.json"
+            if not path.exists():
+                raise FileNotFoundError(f"the plan of a large model needs {path}: {_again(name)}")
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return found
 
-        memory = {row["what"]: row for row in rows("overhead") if "attention module alone" in row["group"]}
-        cut = memory["scores of one head scaled"]
-        layers = json.loads((results / "sweep-cpu.json").read_text(encoding="utf-8"))["settings"]["layers"]
-        [swept] = [row for row in rows("sweep") if row["what"].endswith("logits of one position")]
-        [scored] = [row for row in rows("compare-gpt2-128") if (row["work"], row["way"]) == ("importance", "attention-surgery")]
+        def rows(name: str) -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = read(name)["rows"]
+            return found
+
+        def only(name: str, words: str, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+            found = [row for row in rows(name) if fits(row)]
+            if len(found) != 1:
+                raise ValueError(f"{results / name}-cpu.json has {len(found)} rows of {words}, not one; {_again(name)}")
+            return found[0]
+
+        def of_attention(what: str) -> dict[str, Any]:
+            return only("overhead", what, lambda row: "attention module alone" in row["group"] and row["what"] == what)
+
+        cut, captured = of_attention("scores of one head scaled"), of_attention("pattern of one head captured")
+        layers = read("sweep")["settings"]["layers"]
+        swept = only("sweep", "one position's logits", lambda row: row["what"].endswith("logits of one position"))
+        scored = only(
+            "compare-gpt2-128",
+            "attribution by this library",
+            lambda row: (row["work"], row["way"]) == ("importance", "attention-surgery") and "cpu_value" in row,
+        )
         return cls(
             cut["value"] * cut["matrix_bytes"] / (4 * BLOCK_ENTRIES["cpu"]),
-            memory["pattern of one head captured"]["value"],
+            captured["value"],
             swept["value"] / part_of_layers(layers),
             scored["cpu_value"],
         )
+
+
+def _again(name: str) -> str:
+    """What makes the results."""
+    if name.startswith("compare"):
+        return "run python -m benchmarks --out benchmarks/results"
+    return f"run python -m benchmarks.{name} --json benchmarks/results/{name}-cpu.json"
 
 
 def part_of_layers(layers: int) -> float:

@@ -28,7 +28,9 @@ class NotInstalled(Exception):
 def here(package: str) -> Path:
     """The interpreter that runs, if it has the package. Raises NotInstalled otherwise."""
     if not is_here(package):
-        raise NotInstalled("not in this environment")
+        raise NotInstalled(
+            f"not in this environment; pip install '{REQUIREMENTS.get(package, package)}' into it, or leave out --here"
+        )
     return Path(sys.executable)
 
 

@@ -60,7 +60,11 @@ class Pyvene(Way):
         return self._intervened({"input_ids": ids, **more}).logits
 
     def cache(self, ids: Tensor) -> Any:
-        return super().cache(ids) if self.present is None else self._intervened({"input_ids": ids, "use_cache": True}).past_key_values
+        return (
+            super().cache(ids)
+            if self.present is None
+            else self._intervened({"input_ids": ids, "use_cache": True}).past_key_values
+        )
 
     def _intervened(self, inputs: dict[str, Any]) -> Any:
         """The model's output, under the cuts."""

@@ -146,8 +146,8 @@ def _effect(work: Work, given: list[Tensor], uncut: list[Tensor]) -> float:
     effect, largest = difference(given, uncut)
     if not effect > (0 if are_tokens(uncut) else LIVE * largest):
         raise RuntimeError(
-            f"{work.words}: changes nothing that is compared ({effect:.2g}, of at most {largest:.2g}), so that agreement would say "
-            "nothing; take another --seed, or the cut of this library is broken"
+            f"{work.words}: changes nothing that is compared ({effect:.2g}, of at most {largest:.2g}), so that "
+            "agreement would say nothing; take another --seed, or the cut of this library is broken"
         )
     return effect
 

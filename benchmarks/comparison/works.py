@@ -27,8 +27,8 @@ class Work:
     """words: what it is. start: makes a run of a way; contexts that have to be open meanwhile go onto the stack.
 
     over: the work of the unpatched sdpa model in which costs are counted. heavy: of many forwards. memory: its peak is
-    measured, too. cuts: it must change what `over` gives (uncut: in the shape of what it gives itself). held: numbers that the results have, for each of batch × length; work
-    that does not fit into memory is left out.
+    measured, too. cuts: it must change what `over` gives (uncut: in the shape of what it gives itself). held: numbers that the
+    results have, for each of batch × length; work that does not fit into memory is left out.
     """
 
     name: str
