@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks import growth, pictures, plan, results, table
-from benchmarks.comparison import environments, ours, worker, works
+from benchmarks.comparison import environments, ours, run, worker, works
 from benchmarks.comparison.environments import NotInstalled
 from benchmarks.comparison.grid import grid, markdown, notes, ways_of
 from benchmarks.comparison.hooked import Hooked
@@ -60,7 +60,14 @@ def test_every_way_that_can_agrees_and_is_measured(found: dict[str, Any]) -> Non
 
 
 def test_works_that_cut_change_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {work.name for work in works.WORKS if work.cuts} == {"cut_z", "freeze_qk", "step_cut", "decode_cut", "sweep", "train_cut"}
+    assert {work.name for work in works.WORKS if work.cuts} == {
+        "cut_z",
+        "freeze_qk",
+        "step_cut",
+        "decode_cut",
+        "sweep",
+        "train_cut",
+    }
     monkeypatch.setattr(Auto, "cut", lambda self, *args, **options: contextlib.nullcontext())
     with pytest.raises(RuntimeError, match="z of two heads cut, every layer: changes nothing that is compared"):
         worker.measure(TOY, [])
@@ -183,6 +190,76 @@ def test_processes_are_put_together(tmp_path: Path) -> None:
     assert text in table.fill(page, tmp_path)
 
 
+def test_a_process_of_another_library_that_dies_loses_its_own_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one environment with ours, as --here has it."""
+    shown = [{"work": "forward", "way": Auto.name, "value": 3.0, "cpu_value": 2.0}]
+
+    def process(python: Path, settings: Settings, names: list[str], say: Any) -> dict[str, Any]:
+        if names == ["pyvene"]:
+            raise RuntimeError("killed")
+        more = [
+            {"work": "forward", "way": name, **dict.fromkeys(("value", "cpu_value", "low", "high", "cpu_low", "cpu_high"), 4.0)}
+            for name in names
+        ]
+        return {"rows": shown + more, "versions": dict.fromkeys(names, "9"), "with": {"torch": "0.1", "transformers": "5"}}
+
+    monkeypatch.setattr(run, "_process", process)
+    monkeypatch.setattr(
+        run.machine,
+        "describe",
+        lambda device: {
+            **dict.fromkeys(("cpu", "threads", "cores", "python", "date"), "a"),
+            "torch": "0.2",
+            "transformers": "5",
+        },
+    )
+    found = compare(TOY, ["nnsight", "pyvene"], lambda package: Path(sys.executable), print)
+    assert cells(found)["forward", "pyvene"]["note"] == "its process fails: killed"
+    assert cells(found)["forward", "nnsight"]["ours"] == 2.0
+    on_a_gpu = compare(replace(TOY, device="cuda"), ["nnsight"], lambda package: Path(sys.executable), print)
+    assert cells(on_a_gpu)["forward", "nnsight"]["ours"] == 3.0
+    found["rows"] = [row for row in found["rows"] if row["way"] != Auto.name]
+    text = "\n".join(markdown(found))
+    assert "In the process of nnsight, attention-surgery takes: forward 2.00." in text and "nnsight 9 (with torch 0.1)" in text
+
+
+def test_a_process_that_prints_much_is_read_to_its_end(tmp_path: Path) -> None:
+    chatty = tmp_path / "python"
+    chatty.write_text(f"#!{sys.executable}\nprint('a' * 2**20, flush=True)\nprint('{{\"rows\": []}}')\n", encoding="utf-8")
+    chatty.chmod(0o755)
+    assert run._process(chatty, TOY, [], print) == {"rows": []}
+    chatty.write_text(f"#!{sys.executable}\nprint('so it is')\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="no findings"):
+        run._process(chatty, TOY, [], print)
+
+
+def test_nothing_to_draw_is_no_picture(found: dict[str, Any], tmp_path: Path) -> None:
+    rows = [row for row in found["rows"] if row["work"] == "cut_z"]
+    for length in (12, 24):
+        content = {**found, "machine": {}, "settings": asdict(replace(TOY, length=length)), "rows": rows}
+        results.save(tmp_path / f"compare-gpt2-{length}-cpu.json", content)
+    stems = ["compare-gpt2-12-cpu", "compare-gpt2-24-cpu", "memory-gpt2-cpu"]
+    assert [path.stem for path in pictures.stale(tmp_path, tmp_path)] == stems, "wanted as soon as there are comparisons"
+    drawn = pictures.memory([json.loads((tmp_path / "compare-gpt2-12-cpu.json").read_text(encoding="utf-8"))] * 2)
+    assert [axes.get_title() for axes in drawn.axes] == ["z of two heads cut, every layer"]
+    assert "models of 2 layers" in drawn.get_suptitle()
+    peak = next(row["memory_mib"] for row in rows if row["way"] == Auto.name)
+    [line] = [line for line in drawn.axes[0].lines if line.get_label() == Auto.name]
+    assert line.get_ydata()[0] == peak
+    for length in (12, 24):
+        content = {**found, "settings": asdict(replace(TOY, length=length)), "rows": [{"work": "forward", "way": Sdpa.name}]}
+        results.save(tmp_path / f"compare-gpt2-{length}-cpu.json", content)
+    assert pictures.draw(tmp_path, tmp_path / "none") == []
+
+
+def test_the_plan_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"overhead-cpu.json: run python -m benchmarks.overhead --json"):
+        plan.Constants.of(tmp_path)
+    results.save(tmp_path / "overhead-cpu.json", {"rows": []})
+    with pytest.raises(ValueError, match="has 0 rows of scores of one head scaled, not one; run "):
+        plan.Constants.of(tmp_path)
+
+
 def test_a_process_of_ours_that_fails_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="'nobody'"):
         compare(replace(TOY, family="nobody"), [Hooked.name], environments.here, print)
@@ -258,6 +335,9 @@ def test_pages_and_pictures_are_those_of_the_committed_results() -> None:
         text = page.read_text(encoding="utf-8")
         if "<!-- benchmark:" in text:
             assert table.fill(text) == text, f"{page.name}: run python -m benchmarks.table"
+    # With no comparison among the results nothing can be stale: test_nothing_to_draw_is_no_picture has its own.
+    compared = list(results.FOLDER.glob("compare-*.json"))
+    assert bool(compared) <= bool(list(pictures._wanted(results.FOLDER, results.FOLDER / "pictures")))
     assert not pictures.stale(results.FOLDER, results.FOLDER / "pictures"), "run python -m benchmarks.pictures"
 
 
@@ -291,6 +371,64 @@ def test_the_command_runs_the_benchmarks(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(command, "__file__", str(tmp_path / "a" / "b" / "bench.py"))
     away = CliRunner().invoke(app, ["bench"])
     assert away.exit_code == 1 and "found no benchmarks in" in away.output and "Clone the repository" in away.output
+
+
+def test_tokens_agree_or_do_not_and_cuts_have_to_be_seen() -> None:
+    ids = torch.tensor([[1, 2, 1000]])
+    assert worker.disagreement([ids], [ids.clone()], 7.0, 1e-3) is None
+    assert worker.disagreement([ids + torch.tensor([0, 1, 0])], [ids], None, 1e-3) == "differs from ours in 1 of 3 tokens"
+    assert worker.disagreement([ids.float()], [ids], None, 1e-3) is not None
+    ones, half = torch.ones(4), worker.CLOSE[torch.bfloat16]
+    assert worker.disagreement([1.01 * ones], [ones], None, half) is None
+    said = worker.disagreement([1.01 * ones], [ones], 0.01, half)
+    assert said is not None and said.startswith("differs from ours by 0.01, where the cut changes 0.01 (half precision")
+    assert worker.disagreement([1.0001 * ones], [ones], 0.01, half) is None
+    not_a_number = [ones, ones * torch.nan]
+    assert worker.disagreement(not_a_number, [ones, ones], None, half) is not None
+
+
+def test_short_heavy_work_is_called_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    right = worker.take_turns
+
+    def take_turns(functions: Any, warmup: int, **options: Any) -> Any:
+        seen.append(warmup)
+        return right(functions, warmup=warmup, **options)
+
+    monkeypatch.setattr(worker, "take_turns", take_turns)
+    monkeypatch.setitem(works.BY_LENGTH, 128, ("decode",))
+    worker.measure(TOY, [])
+    monkeypatch.setattr(worker, "SHORT", 0.0)
+    worker.measure(TOY, [])
+    assert seen == [1, 0]
+
+
+def test_ours_out_of_memory_is_a_note(short: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Auto, heads: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Auto, "patterns", full)
+    found = cells(worker.measure(short, [Hooked.name]))
+    for way in (Auto.name, Hooked.name):
+        assert "runs out of memory" in found["patterns", way]["note"] and "value" in found["forward", way]
+
+
+def test_memory_is_measured_in_models_of_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(works.BY_LENGTH, 128, ("forward", "patterns"))
+    one, three = (cells(worker.measure(replace(TOY, layers=layers, rounds=1), [Hooked.name])) for layers in (1, 3))
+    for place, cell in one.items():
+        if "memory_mib" in cell:
+            assert cell["memory_mib"] == pytest.approx(three[place]["memory_mib"], rel=0.05), place
+            assert cell["memory_layers"] == worker.MEMORY_LAYERS
+    assert "memory_mib" in one["patterns", Hooked.name]
+
+
+def test_eager_ways_hold_the_patterns_of_all_heads() -> None:
+    work = next(work for work in works.WORKS if work.name == "two_patterns")
+    task = Task(TOY)
+    s = replace(TOY, layers=3, heads=8)
+    numbers = {way: worker.held(work, way(task), s) / s.length for way in (Auto, Hooked, Eager)}
+    assert numbers == {Auto: 2 * 3, Hooked: 2 * 3 + 8, Eager: 8 * 3}
 
 
 def test_attribution_is_charged_for_no_gradient_of_weights() -> None:
