@@ -2,14 +2,15 @@
 
 Every process has the whole model and makes the same calls on the same data. A model that the processes share (its heads or its
 weights are spread over them, or its forwards keep them in step) needs all of them in every forward: there nothing is divided,
-all do the same, and what is kept on disk is written by the main process alone. A single process imports nothing for this.
+all do the same, and what is kept on disk is written by the main process alone. A single process imports nothing for this;
+several need accelerate only where work is divided.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,7 +27,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WAIT = timedelta(days=2)
-"""How long a process waits for the slowest; one that died is noticed by the launcher, which ends the others."""
+"""How long a process waits for the slowest; one that died is noticed by the launcher, which ends the others.
+
+Of a process group that is begun here. One that was begun before, by the caller or a model that is shared, has the timeout that
+it was begun with (torch: 10 minutes with NCCL, 30 with Gloo): `init_process_group(timeout=...)` sets a longer one.
+"""
+TOLD = "_told_to_all"
+"""Of an exception: all processes know of it, and none waits for this one."""
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -54,9 +61,9 @@ class Workers:
         # Dealt like cards: neighbours cost about the same, so that each process has as much to do.
         dealt = [number for first in range(self.count) for number in range(first, len(items), self.count)]
         found: dict[int, Result] = {}
-        with _state().split_between_processes(dealt) as own:
-            self._together(lambda: found.update({number: do(items[number]) for number in own}))
-        parts = self._gather((len(items), found))
+        with self._telling(), _state().split_between_processes(dealt) as own:
+            found.update({number: do(items[number]) for number in own})
+        parts = self._gather("results", (len(items), found))
         if len({length for length, _ in parts}) > 1:
             raise _differ("the work", [f"{length} items" for length, _ in parts])
         merged = {number: result for _, part in parts for number, result in part.items()}
@@ -67,46 +74,67 @@ class Workers:
         if self.count == 1:
             return do()
         found: list[Any] = [None]
-
-        def main() -> None:
+        with self._telling():
             if self.is_main:
                 found[0] = do()
-
-        self._together(main)
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(found)
+        self._gather("what the main process does", None)
+        distributed.broadcast_object_list(found)
         return found[0]
 
     def agree(self, what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> None:
-        """Raises SurgeryError, in all processes, unless each has the same plain data."""
+        """Raises SurgeryError, in all processes, unless each has the same plain data; of mappings it shows what differs."""
         if self.count == 1:
             return
-        values = self._gather(value)
-        if not all(same(one, values[0]) for one in values):
-            raise _differ(what, values)
+        values = self._gather(what, value)
+        if all(same(one, values[0]) for one in values):
+            return
+        if all(isinstance(one, Mapping) for one in values):
+            names = dict.fromkeys(name for one in values for name in one)
+            differ = [n for n in names if any(one.get(n) != values[0].get(n) for one in values)]
+            values = [{name: one.get(name) for name in differ} for one in values]
+        raise _differ(what, values)
 
-    def _together(self, do: Callable[[], Any]) -> None:
-        """Raises what `do` raises here; SurgeryError if it raises elsewhere, so that nobody waits for results."""
-        mine: Exception | None = None
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Divided work that all begin and end together: what one process raises in the block, the others raise as in `each`.
+
+        They do so where they next wait for results, and stay in step when that is caught. May be nested.
+        """
+        if not self.is_divided:
+            yield
+            return
+        with self._telling():
+            yield
+            self._gather(f"the end of {what}", None)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tells the others what is raised here, in place of what they wait for, once."""
         try:
-            do()
+            yield
         except Exception as error:
-            mine = error
-        failures = self._gather(None if mine is None else f"{type(mine).__name__}: {mine}")
-        if mine is not None:
-            raise mine
-        for number, failure in enumerate(failures):
-            if failure is not None:
-                do_this = "Mend what failed there; with `resume` what was done is not lost."
-                raise SurgeryError(describe(f"process {number} of {self.count}", failure, "its part of the work", do_this))
+            if not hasattr(error, TOLD):
+                setattr(error, TOLD, True)
+                self._exchange((None, f"{type(error).__name__}: {error}"))
+            raise
 
-    def _gather(self, value: Any) -> list[Any]:
-        """By process."""
-        _state()
-        from accelerate.utils import gather_object
+    def _gather(self, what: str, value: Any) -> list[Any]:
+        """By process. Raises SurgeryError, in all, if one failed or waits for something else."""
+        parts = self._exchange((what, value))
+        for number, (purpose, failure) in enumerate(parts):
+            if purpose is None:
+                do = "Mend what failed there; with `resume` what was done is not lost."
+                raise _told(SurgeryError(describe(f"process {number} of {self.count}", failure, "its part of the work", do)))
+        if len({purpose for purpose, _ in parts}) > 1:
+            raise _differ("what is waited for", [purpose for purpose, _ in parts])
+        return [value for _, value in parts]
 
-        return list(gather_object([value]))
+    def _exchange(self, value: Any) -> list[Any]:
+        if not distributed.is_initialized():
+            _state()
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, value)
+        return found
 
 
 ALONE = Workers()
@@ -167,7 +195,12 @@ def _state() -> Any:
     return state
 
 
+def _told(error: SurgeryError) -> SurgeryError:
+    setattr(error, TOLD, True)
+    return error
+
+
 def _differ(what: str, values: Sequence[Any]) -> SurgeryError:
     shown = "; ".join(f"process {number}: {value!r}" for number, value in enumerate(values))
     do = "Make the same call everywhere, or one of each process's own inside `with surgery.analysis.workers.alone():`."
-    return SurgeryError(describe(f"{what}, over {len(values)} processes", shown, "the same in all", do))
+    return _told(SurgeryError(describe(f"{what}, over {len(values)} processes", shown, "the same in all", do)))
