@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from surgery.analysis.agreement import in_step, require_same_data, require_same_results
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.ends import Head, pairs_of
 from surgery.analysis.journal import Journal, digest, weights_of
@@ -180,6 +181,7 @@ class Study:
         return self.frame[self.frame.metric == metric]
 
 
+@in_step
 def ablation_study(
     model: Any,
     data: Any,
@@ -223,6 +225,7 @@ def ablation_study(
     reading, given = Reading(metrics), batches(model, data)
     cuts = _cuts(model, circuits, layers, heads, to, groups, reference, seeds, gqa)
     workers = workers_of(model)
+    require_same_data(workers, given)
     journal = Journal(resume, {} if resume is None else _about(model, given, reading, cuts), workers)
     notes: list[str] = []
     options = {"tokens": tokens, "fast": fast, "checked": Checked(), "workers": workers}
@@ -262,7 +265,9 @@ def _measure(
     pending = [cut for cut in cuts if f"{number}/{cut.key}" not in journal.found]
     bar.update(len(cuts) - len(pending))
     sweep = Sweep(model, batch, reading.positions, **options)
-    journal.confirm(f"{number}/", reading.read(model, batch, sweep.clean, sweep.clean))
+    before = reading.read(model, batch, sweep.clean, sweep.clean)
+    require_same_results(sweep.workers, before)
+    journal.confirm(f"{number}/", before)
 
     def read(index: int, output: Any) -> list[list[float]]:
         values: list[list[float]] = reading.read(model, batch, output, sweep.clean).tolist()

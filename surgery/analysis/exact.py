@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from surgery.analysis.agreement import require_same_results
 from surgery.analysis.baselines import Baseline
 from surgery.analysis.objective import Objective
 from surgery.analysis.reading import Reading
@@ -33,10 +36,12 @@ def exact_changes(
     reading = Reading(objective.metric)
     sweep = Sweep(objective.model, objective.inputs, reading.positions, tokens=tokens, workers=workers)
 
-    def measured(output: Any) -> float:
-        return float(reading.read(objective.model, objective.inputs, output, sweep.clean).mean())
+    def measured(output: Any) -> np.ndarray:
+        return reading.read(objective.model, objective.inputs, output, sweep.clean)
 
-    start = measured(sweep.clean)
+    before = measured(sweep.clean)
+    require_same_results(workers, before)
+    start = float(before.mean())
     specs = [baseline.edits(address, [head], circuit) for address, head, circuit in nodes]
-    changes = sweep.run(specs, lambda _, output: measured(output) - start)
+    changes = sweep.run(specs, lambda _, output: float(measured(output).mean()) - start)
     return Exact(dict(zip(nodes, changes, strict=True)), start, 1 + sweep.forwards, tuple(sweep.notes))

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
+from surgery.analysis.agreement import in_step, require_same_data
 from surgery.analysis.atpstar import attribution_star
 from surgery.analysis.attribution import Scores, attribution
 from surgery.analysis.baselines import CIRCUIT_SITES, Baseline, Selection, baseline_of
@@ -194,6 +195,7 @@ class Importance:
         return as_html(self.top())
 
 
+@in_step
 def head_importance(
     model: Any,
     clean: Any,
@@ -252,6 +254,7 @@ def head_importance(
         others = _only_batch(model, corrupted, "corrupted")
     base, kernel = cuts_of(model)
     cuts, workers = base + as_spec(given), workers_of(model)
+    require_same_data(workers, [inputs], [others])
     with patched(model, cuts, kernel=kernel, strict=False):
         chosen = _selection(model, layers, heads)
         receivers = chosen if edges is True else _receivers(model, pairs_of(edges, "edges", "True, or ") if edges else ())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from surgery.analysis.agreement import in_step, require_same_data, require_same_results
 from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
 from surgery.analysis.pairs import Observed, measured, observe, paired_batches, part, patch, replacement
@@ -45,6 +46,7 @@ class Choice:
     seed: int
 
 
+@in_step
 def activation_patching(
     model: Any,
     clean: Any,
@@ -102,10 +104,13 @@ def activation_patching(
     workers = workers_of(model)
     options = {"tokens": tokens, "fast": fast, "checked": Checked(), "workers": workers}
     with tqdm(desc="patching", unit="patch", disable=not (progress and workers.is_main)) as bar:
-        for mine, theirs in paired_batches(model, clean, corrupted):
+        pairs = paired_batches(model, clean, corrupted)
+        require_same_data(workers, *zip(*pairs, strict=True))
+        for mine, theirs in pairs:
             pair = _observed(model, mine, theirs, reading, sites, layers, choice, direction, options)
             for name, observed in pair.items():
                 runs[name].append(measured(model, reading, observed.sweep.clean, pair["clean"]))
+                require_same_results(workers, runs[name][-1])
             base = pair["clean" if direction == "noising" else "corrupted"]
             seen = next((observed.seen for observed in pair.values() if observed.seen is not None), None)
             for site in sites:

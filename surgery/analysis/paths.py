@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from surgery.analysis.agreement import in_step, require_same_data, require_same_results, require_same_run
 from surgery.analysis.batches import Batch
 from surgery.analysis.ends import LOGITS, SITES, Head, Input, Receiver, receivers_of, senders_of
 from surgery.analysis.held import Held
@@ -23,7 +24,7 @@ from surgery.analysis.labelled import Labelled
 from surgery.analysis.outcome import Patching
 from surgery.analysis.pairs import Observed, measured, paired_batches, patch, replacement
 from surgery.analysis.reading import Reading
-from surgery.analysis.sweep import Checked, Sweep, require_same
+from surgery.analysis.sweep import Checked, Sweep
 from surgery.analysis.workers import Workers, workers_of
 from surgery.anatomy import Anatomy
 from surgery.errors import NoMatchError, NotFiredWarning, SpecError, describe
@@ -43,6 +44,7 @@ class Kept:
         return self.value
 
 
+@in_step
 def path_patching(
     model: Any,
     clean: Any,
@@ -88,7 +90,9 @@ def path_patching(
     forwards = 0.0
     options, workers = {"tokens": tokens, "fast": fast, "checked": Checked()}, workers_of(model)
     with tqdm(desc="patching paths", unit="path", disable=not (progress and workers.is_main)) as bar:
-        for mine, theirs in paired_batches(model, clean, corrupted):
+        pairs = paired_batches(model, clean, corrupted)
+        require_same_data(workers, *zip(*pairs, strict=True))
+        for mine, theirs in pairs:
             batch = _Paths(model, anatomy, reading, mine, theirs, to, seed, freeze_mlps, options)
             todo = batch.existing(chosen, senders == "all")
             bar.total = (bar.total or 0) + len(todo) * len(targets)
@@ -150,7 +154,8 @@ class _Paths:
         self, senders: Sequence[Head], receivers: Sequence[Receiver], workers: Workers, bar: Any
     ) -> Iterator[tuple[Head, Receiver, np.ndarray]]:
         """The metric (example,) of each sender and receiver. Senders of one attention go together, as many as fit."""
-        require_same(workers, self.observed.batch, self.sweep.clean)
+        require_same_run(workers, self.observed.batch, self.sweep.clean)
+        require_same_results(workers, self.clean)
         groups = []
         for address in dict.fromkeys(address for address, _ in senders):
             heads = [head for where, head in senders if where == address]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from surgery.analysis.agreement import require_same, require_same_run
 from surgery.analysis.batches import rows_of
-from surgery.analysis.journal import LENGTH, digest
 from surgery.analysis.kept import Kept
 from surgery.analysis.narrow import narrowed, watching
 from surgery.analysis.replay import Layers, first_rows, recording, repeated, starting_at
@@ -90,7 +90,12 @@ class Sweep:
         self.forwards = 0.0
         self.base, self.kernel = cuts_of(model)
         self.anatomy = anatomy_of(model)
-        with patched(model, self.base, kernel=self.kernel, strict=False), torch.no_grad(), evaluating(model):
+        with (
+            workers.together("the forward without cuts"),
+            patched(model, self.base, kernel=self.kernel, strict=False),
+            torch.no_grad(),
+            evaluating(model),
+        ):
             self.layers = Layers(model, self.anatomy)
             with (
                 recording(self.layers) as self.recorded,
@@ -105,7 +110,7 @@ class Sweep:
         self.checked = checked or Checked()
         self.is_fast = fast
         self.workers = workers
-        require_same(workers, inputs, self.clean)
+        require_same_run(workers, inputs, self.clean)
 
     def run(self, specs: Sequence[Spec], read: Callable[[int, Any], Result]) -> list[Result]:
         """What read(number of the spec, output) gives for each spec, called in the order of the layers where they begin.
@@ -125,12 +130,18 @@ class Sweep:
             outputs = self._outputs([specs[number] for number in chunk], starts[chunk[0]])
             return [read(number, output) for number, output in zip(chunk, outputs, strict=True)], self.forwards
 
-        with torch.no_grad(), evaluating(self.model), patched(self.model, self.base, kernel=self.kernel, strict=False):
+        with (
+            self.workers.together("a sweep"),
+            torch.no_grad(),
+            evaluating(self.model),
+            patched(self.model, self.base, kernel=self.kernel, strict=False),
+        ):
             while order:  # before any runs, and in every process, so that all go the same way
                 chunk = self._chunk(order, starts)
                 is_loop = self._start_of(specs[chunk[0]], starts[chunk[0]]) == LOOP
                 chunks += [[number] for number in chunk] if is_loop else [chunk]
                 del order[: len(chunk)]
+            require_same(self.workers, "a sweep", {"specs": specs, "forwards": chunks})
             before = self.forwards
             parts = self.workers.each(chunks, forward)
         self.forwards = before + sum(forwards for _, forwards in parts)
@@ -242,20 +253,6 @@ class Sweep:
         if logits is not None and logits is not output.logits:
             output.logits = logits
         return output
-
-
-def require_same(workers: Workers, inputs: Mapping[str, Any], clean: Any) -> None:
-    """Raises SurgeryError unless all processes have one batch and one model: outputs without cuts that differ by rounding."""
-    if workers.count == 1:
-        return
-    workers.agree("the data", digest(sorted(inputs.items()))[:LENGTH])
-    leaves = [leaf for leaf in tree_leaves(clean) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
-    sizes = [float(leaf.double().abs().nan_to_num().mean()) for leaf in leaves]
-    workers.agree("outputs without cuts", sizes, lambda a, b: len(a) == len(b) and all(map(_about_equal, a, b)))
-
-
-def _about_equal(a: float, b: float) -> bool:
-    return abs(a - b) <= ROUGH * max(abs(a), abs(b))
 
 
 def _block(output: Any, index: int, rows: int) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from surgery.analysis.agreement import in_step
 from surgery.analysis.batches import Batch, batches, rows_of
 from surgery.analysis.interference.factors import Block, blocks_of, factors, squared_norms
 from surgery.analysis.interference.folder import Folder
@@ -28,6 +29,7 @@ from surgery.patch import anatomy_of, cuts_of, patched
 from surgery.shares import require_whole
 
 
+@in_step
 def collect(
     model: Any,
     data: Any,
