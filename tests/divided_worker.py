@@ -6,10 +6,12 @@ has measured so many cuts in a study that goes on, or collected so many batches;
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,13 @@ from surgery.analysis import (
     activation_patching,
     cumulative_ablation,
     head_importance,
+    metrics,
     path_patching,
 )
 from surgery.analysis.interference import Gradients, collect, collecting
+from surgery.analysis.journal import Journal
 from surgery.analysis.workers import alone, processes, workers_of
+from surgery.reference import Entry, Reference
 
 BATCHES = [torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
 CLEAN, CORRUPTED = BATCHES[0], BATCHES[1]
@@ -110,38 +115,68 @@ def work(model: Any) -> dict[str, Any]:
 
 
 def refused(model: Any, number: int) -> dict[str, str]:
-    """What is no common work."""
+    """What is no common work. Each is refused in every process, which are then in step for the next."""
     found = {}
-    own = torch.full_like(CLEAN, number + 1)
-    for what, data in (("data", own), ("batches", BATCHES[: number + 1])):
+
+    def refuse(what: str, do: Callable[[], Any]) -> None:
         try:
-            ablation_study(model, data, **QUIET) if what == "data" else collect(model, data, **QUIET)
-        except SurgeryError as error:
-            found[what] = str(error)
+            do()
+        except (SurgeryError, ValueError) as error:
+            found[what] = f"{type(error).__name__}: {error}"
+
+    own = torch.full_like(CLEAN, number + 1)
+    refuse("data", lambda: ablation_study(model, own, **QUIET))
+    refuse("batches", lambda: collect(model, BATCHES[: number + 1], **QUIET))
     torch.manual_seed(number)
     other = type(model)(model.config).eval()
     with torch.no_grad():
         other.lm_head.weight.mul_(number + 1)
-    try:
-        ablation_study(other, CLEAN, **QUIET)
-    except SurgeryError as error:
-        found["model"] = str(error)
-
-    def broken(output: Any) -> Any:
-        broken.count += 1  # type: ignore[attr-defined]
-        if number == 1 and broken.count > 2:  # type: ignore[attr-defined]
-            raise ValueError("no more")
-        return output.logits[:, -1, 3]
-
-    broken.count = 0  # type: ignore[attr-defined]
-    try:
-        ablation_study(model, CLEAN, metrics=[broken], **QUIET)
-    except (SurgeryError, ValueError) as error:
-        found["failure"] = f"{type(error).__name__}: {error}"
+    refuse("model", lambda: ablation_study(other, CLEAN, **QUIET))
+    # Each of these was merged into wrong numbers, or ended with a connection that was closed.
+    few: dict[str, Any] = {"layers": [0], "circuits": "ov", **QUIET}
+    generator = (batch for batch in BATCHES[: number + 1])
+    refuse("heads", lambda: ablation_study(model, CLEAN, heads=[number], **few))
+    refuse("seeds", lambda: ablation_study(model, CLEAN, to="noise", seeds=(number,), **few))
+    refuse("metrics", lambda: ablation_study(model, CLEAN, metrics=[["loss", "kl"][number > 0]], **few))
+    refuse("batches of a study", lambda: ablation_study(model, generator, **few))
+    one = metrics.logit_difference(5, 7 + number)
+    refuse("metric of the same name", lambda: ablation_study(model, CLEAN, metrics=[one], **few))
+    refuse("resume", lambda: ablation_study(model, CLEAN, resume=None if number else "study.jsonl", **few))
+    refuse("sites", lambda: activation_patching(model, CLEAN, CORRUPTED, sites=[["z", "pattern"][number > 0]], **QUIET))
+    reference = Reference("mean", {("self.0", "z"): Entry(torch.full((4, 8), 1.0 + number))})
+    refuse("reference", lambda: activation_patching(model, CLEAN, to=reference, layers=[0], **QUIET))
+    corrupted: dict[str, Callable[..., Any]] = {
+        "activation_patching": functools.partial(activation_patching, **QUIET),
+        "path_patching": functools.partial(path_patching, **QUIET),
+        "head_importance": functools.partial(head_importance, method="ablation"),
+    }
+    for name, study in corrupted.items():
+        refuse(f"corrupted of {name}", functools.partial(study, model, CLEAN, BATCHES[1 + number]))
+    sweep = Sweep(model, {"input_ids": CLEAN}, workers=workers_of(model))
+    refuse("specs", lambda: sweep.run([Spec(Freeze("ov", [0], [number]))], lambda _, output: output.logits))
+    refuse("paths", lambda: Journal(f"{number}.jsonl", {}, workers_of(model)))
+    refuse("order", lambda: workers_of(model).agree(f"{number}", 0))
+    for what, limit in (("failure", 2), ("failure without cuts", 0)):
+        refuse(what, lambda limit=limit: ablation_study(model, CLEAN, metrics=[Broken(number == 1, limit)], **QUIET))
+    refuse("failure before", lambda: ablation_study(model, CLEAN, metrics=[], **QUIET))
+    refuse("nothing", lambda: ablation_study(model, CLEAN, metrics=[Broken(False, 0)], **QUIET))
     with alone():
         study = ablation_study(model, own, "ov", **QUIET)
         found["alone"] = str(len(study.cuts)) if number else "not called"
     return found
+
+
+class Broken:
+    """A metric that one process cannot read any more after so many times."""
+
+    def __init__(self, breaks: bool, limit: int) -> None:
+        self.breaks, self.limit, self.count = breaks, limit, 0
+
+    def __call__(self, output: Any) -> Any:
+        self.count += 1
+        if self.breaks and self.count > self.limit:
+            raise ValueError("no more")
+        return output.logits[:, -1, 3]
 
 
 def main() -> None:

@@ -95,14 +95,39 @@ def test_each_process_does_a_part(single: dict[str, Any], several: list[dict[str
     assert all(found["work"]["called"] for found in several[:2])
 
 
+NO_COMMON_WORK = {
+    "data": "ablation_study, over {} processes: found process 0: {{'data': 'torch.int64",
+    "batches": "collect, over {} processes: found process 0: {{'data': ",
+    "model": "outputs without cuts, over {} processes: found process 0: ",
+    "heads": "ablation_study, over {} processes: found process 0: {{'heads': [0]}}; process 1: {{'heads': [1]}}",
+    "seeds": "ablation_study, over {} processes: found process 0: {{'seeds': [0]}}; process 1: {{'seeds': [1]}}",
+    "metrics": "ablation_study, over {} processes: found process 0: {{'metrics': ['loss']}}; process 1: {{'metrics': ['kl']}}",
+    "batches of a study": "the data, over {} processes: found process 0: '1 batches'; process 1: '2 batches'",
+    "metric of the same name": "metrics without cuts, over {} processes: found process 0: ",
+    "resume": "ablation_study, over {} processes: found process 0: {{'resume': 'study.jsonl'}}; process 1: {{'resume': None}}",
+    "sites": "activation_patching, over {} processes: found process 0: {{'sites': ['z']}}; process 1: {{'sites': ['pattern']}}",
+    "reference": "activation_patching: activations, over {} processes: found process 0: [[1.0, ",
+    "corrupted of activation_patching": "activation_patching, over {} processes: found process 0: {{'corrupted': 'torch.int64",
+    "corrupted of path_patching": "path_patching, over {} processes: found process 0: {{'corrupted': 'torch.int64",
+    "corrupted of head_importance": "head_importance, over {} processes: found process 0: {{'corrupted': 'torch.int64",
+    "specs": "a sweep, over {} processes: found process 0: {{'specs': ",
+    "paths": "resume, over {} processes: found process 0: {{'path': '0.jsonl'}}; process 1: {{'path': '1.jsonl'}}",
+    "order": "what is waited for, over {} processes: found process 0: '0'; process 1: '1'",
+}
+"""What processes did that is not one call of all, and how it is refused."""
+
+
 def test_what_is_no_common_work_is_refused(several: list[dict[str, Any]]) -> None:
     for number, found in enumerate(process["refused"] for process in several):
-        for what, words in (("data", "the data"), ("batches", "collect"), ("model", "outputs without cuts")):
-            assert f"{words}, over {len(several)} processes: found process 0: " in found[what]
+        for what, words in NO_COMMON_WORK.items():
+            assert found[what].startswith("SurgeryError: " + words.format(len(several))), found[what]
             assert "expected the same in all. Make the same call everywhere, or" in found[what]
         mine = "ValueError: no more"
         other = f"SurgeryError: process 1 of {len(several)}: found {mine}; expected its part of the work."
-        assert found["failure"].startswith(mine if number == 1 else other)
+        for what in ("failure", "failure without cuts"):
+            assert found[what].startswith(mine if number == 1 else other)
+        assert found["failure before"].startswith("SpecError: metrics: found none"), "each raises its own"
+        assert "nothing" not in found, "after all that was caught the processes are in step"
         assert found["alone"] == ("8" if number else "not called"), "one process need not wait for another there"
 
 
@@ -142,7 +167,7 @@ def test_what_a_killed_process_left_is_redone(single: dict[str, Any], killed: Pa
 def test_a_part_of_another_study_is_refused(tmp_path: Path) -> None:
     part = tmp_path / "study.jsonl.part1"
     part.write_text('{"about": {"model": "another"}}\n', encoding="utf-8")
-    with pytest.raises(SpecError, match=r"found another study \(model: 'another'\); expected model: 'this'"):
+    with pytest.raises(SpecError, match=r"found beside it '.*part1' of another study \(model: 'ano.*remove '.*part1'"):
         Journal(tmp_path / "study.jsonl", {"model": "this"})
     assert part.exists()
 

@@ -39,9 +39,9 @@ class Journal:
         self.found: dict[str, Any] = {}
         self.about = json.loads(json.dumps(about))
         self.workers = workers
+        workers.agree("resume", {"path": None if path is None else str(path), **self.about})
         if self.path is None:
             return
-        workers.agree(f"resume={str(path)!r}", self.about)
         self.found = workers.once(lambda: self._claimed(known))
         self.own = known if workers.is_main else known.with_name(f"{known.name}.part{workers.number}")
         self.written = set(self.found)
@@ -103,12 +103,12 @@ class Journal:
             about = head["about"]
             found = {entry["key"]: entry["result"] for entry in rest}
         except (ValueError, KeyError, TypeError):
-            raise self._refuse(f"lines of something else in {path.name}", "the results of a study") from None
+            raise self._refuse("lines of something else", "the results of a study", path) from None
         if about != self.about:
             keys = [key for key in {**about, **self.about} if about.get(key) != self.about.get(key)]
             changes = "; ".join(f"{key}: {about.get(key)!r}" for key in keys)
             expected = "; ".join(f"{key}: {self.about.get(key)!r}" for key in keys)
-            raise self._refuse(f"another study ({changes})", expected)
+            raise self._refuse(f"another study ({changes})", expected, path)
         with path.open("r+", encoding="utf-8") as file:  # a line that was cut off would spoil the next
             file.truncate(len("".join(lines).encode()))
         return found
@@ -120,8 +120,12 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _refuse(self, found: str, expected: str) -> SpecError:
-        return SpecError(describe(f"resume={str(self.path)!r}", found, expected, "Name another file, or remove this one."))
+    def _refuse(self, found: str, expected: str, path: Path | None = None) -> SpecError:
+        """path: the file at fault, if it is not the journal's own but a part beside it."""
+        what, do = f"resume={str(self.path)!r}", "Name another file, or remove this one."
+        if path not in (None, self.path):
+            found, do = f"beside it {str(path)!r} of {found}", f"Name another file, or remove {str(path)!r}."
+        return SpecError(describe(what, found, expected, do))
 
 
 def digest(named: Iterable[tuple[str, Any]]) -> str:
