@@ -28,6 +28,7 @@ from surgery.analysis import (
     metrics,
     path_patching,
 )
+from surgery.analysis import sweep as sweeping
 from surgery.analysis.interference import Gradients, collect, collecting
 from surgery.analysis.journal import Journal
 from surgery.analysis.workers import alone, processes, workers_of
@@ -97,7 +98,9 @@ def work(model: Any) -> dict[str, Any]:
     found["patching"] = [patching.examples[key].values for key in patching.keys] + [patching.forwards]
     ends: dict[str, Any] = {"senders": "all", "receivers": ["logits", (1, 2, "q"), (1, 0, "v")]}
     paths = path_patching(model, CLEAN, CORRUPTED, **ends, **QUIET)
-    found["paths"] = [paths.examples[key].values for key in paths.keys]
+    found["paths"] = [paths.examples[key].values for key in paths.keys] + [paths.forwards]
+    found["paths, notes"] = paths.notes
+    found["paths, slow"] = _slow_paths(model, ends)
     gradients = collect(model, BATCHES, **QUIET)
     found["gradients"], found["losses"] = norms(gradients), gradients.losses
     found["few batches"] = norms(collect(model, BATCHES[:1], **QUIET))
@@ -112,6 +115,19 @@ def work(model: Any) -> dict[str, Any]:
     sweep = Sweep(model, {"input_ids": CLEAN}, workers=workers_of(model))
     found["sweep"], found["called"] = sweep.run(specs, read), sorted(called)
     return found
+
+
+def _slow_paths(model: Any, ends: dict[str, Any]) -> list[Any]:
+    """Notes and cost of path patching where no short cut is trusted."""
+    trusted = sweeping.difference
+    sweeping.difference = lambda *args, **more: "made up"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            paths = path_patching(model, CLEAN, CORRUPTED, **ends, **QUIET)
+    finally:
+        sweeping.difference = trusted
+    return [paths.notes, paths.forwards]
 
 
 def refused(model: Any, number: int) -> dict[str, str]:

@@ -76,7 +76,7 @@ def same(found: Any, expected: Any) -> bool:
 
 def test_every_process_has_what_one_alone_has(single: dict[str, Any], several: list[dict[str, Any]]) -> None:
     """Bit for bit: the forwards are the very same, each in one of the processes."""
-    assert len(single["work"]) == 18
+    assert len(single["work"]) == 20
     for found in several:
         for kind in ("work", "resumed"):
             names = [name for name in single[kind] if name not in ("called", "cuts", "batches")]

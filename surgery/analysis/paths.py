@@ -167,6 +167,8 @@ class _Paths:
             bar.update(len(found) * len(receivers))
             return found, self.sweep.forwards
 
+        for address in dict.fromkeys(address for address, _ in groups):
+            self._prepare(address, receivers)
         before = self.sweep.forwards
         found = workers.each(groups, measure)
         bar.update(bar.total - bar.n)  # what other processes did
@@ -176,12 +178,25 @@ class _Paths:
                 for receiver, value in zip(receivers, own, strict=True):
                     yield (address, head), receiver, value
 
-    def _group(self, address: str, heads: Sequence[int], receivers: Sequence[Receiver]) -> list[list[np.ndarray]]:
-        """By sender of one attention and by receiver."""
+    def _prepare(self, address: str, receivers: Sequence[Receiver]) -> None:
+        """Finds out where the cuts of this sender's runs can be started, before work is divided: the same in each process."""
+        later, reached, is_direct = self._reached(address, receivers)
+        if any(reached) or is_direct:
+            with self.held.holding() if self.held is not None else nullcontext():
+                self.sweep.prepare([Spec(Edit("z", "zero", layers=[address, *later]))])
+        places = dict.fromkeys(tuple(sorted({i[0] for i in inputs})) for inputs in reached if inputs)
+        self.sweep.prepare([Spec(Edit("z", "zero", layers=list(addresses))) for addresses in places])
+
+    def _reached(self, address: str, receivers: Sequence[Receiver]) -> tuple[list[str], list[list[Input]], bool]:
+        """The attentions behind a sender's, the inputs of each receiver that are there, and whether any is the logits."""
         later = self.order[self.order.index(address) + 1 :]
         reached = [[i for i in receiver.inputs if i[0] in later] for receiver in receivers]
+        return later, reached, any(not receiver.inputs for receiver in receivers)
+
+    def _group(self, address: str, heads: Sequence[int], receivers: Sequence[Receiver]) -> list[list[np.ndarray]]:
+        """By sender of one attention and by receiver."""
+        later, reached, is_direct = self._reached(address, receivers)
         wanted = {i for inputs in reached for i in inputs}
-        is_direct = any(not receiver.inputs for receiver in receivers)
         direct, told = self._send(address, heads, later, wanted) if wanted or is_direct else ([], {})
         jobs = [(n, r) for n in range(len(heads)) for r, inputs in enumerate(reached) if inputs]
         specs = [self._receive(reached[r], {i: told[n, i] for i in reached[r]}) for n, r in jobs]

@@ -150,6 +150,12 @@ class Sweep:
             found |= dict(zip(chunk, results, strict=True))
         return [found[number] for number in range(len(specs))]
 
+    def prepare(self, specs: Sequence[Spec]) -> None:
+        """Finds out, if it is not known, how forwards with cuts where these have theirs are started. `run` does so itself."""
+        with torch.no_grad(), evaluating(self.model), patched(self.model, self.base, kernel=self.kernel, strict=False):
+            for spec in specs:
+                self._start_of(spec, self._start(spec))
+
     def _addresses(self, spec: Spec) -> list[str]:
         return sorted({attention.address for cut in spec for attention in self.anatomy.select(cut.layers)})
 
