@@ -44,7 +44,7 @@ ORDER = [
     "surgery.plots.style", "surgery.plots.curves", "surgery.plots.tokens", "surgery.plots.maps",
     "surgery.plots.interference", "surgery.plots.patterns", "surgery.plots.notebook", "surgery.plots",    # pictures
     "surgery.analysis.tables", "surgery.analysis.batches", "surgery.analysis.workers", "surgery.analysis.journal",
-    "surgery.analysis.targets", "surgery.analysis.metrics",
+    "surgery.analysis.targets", "surgery.analysis.metrics", "surgery.analysis.agreement",
     "surgery.analysis.kept", "surgery.analysis.reading", "surgery.analysis.statistics", "surgery.analysis.ends",
     "surgery.analysis.replay",
     "surgery.analysis.narrow", "surgery.analysis.sweep",
