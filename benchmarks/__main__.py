@@ -47,10 +47,10 @@ def main() -> None:
             is_short = given.quick or base.device != "cpu"
             settings = replace(base, family=family, length=length, **({} if is_short else ON_A_CPU.get(length, {})))
             with console.status(f"{settings.name}: starts") as status:
-                python_of = partial(environments.python_of, folder=given.environments, say=status.update)
-                here = environments.here if given.here else python_of
+                made = partial(environments.python_of, folder=given.environments, say=status.update)
+                python_of = environments.here if given.here else made
                 try:
-                    found = compare(settings, [keys[key] for key in given.ways], here, status.update)
+                    found = compare(settings, [keys[key] for key in given.ways], python_of, status.update)
                 except RuntimeError as error:
                     sys.exit(
                         f"{error}\n{settings.name}: the process of this library itself fails, as said above; nothing is written"

@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from benchmarks import models, steps
 from benchmarks.results import Row, row
-from benchmarks.setting import Settings
+from benchmarks.setting import Settings, require_close
 from surgery import Edit, patched
 
 LAYERS = 4
@@ -94,8 +94,6 @@ def on_static_cache(model: Any, ids: Tensor) -> Run:
 
 def check(what: str, found: Tensor, uncompiled: Tensor, uncut: Tensor, changes: bool) -> None:
     """Raises RuntimeError unless the compiled model gives what it gives uncompiled, and a cut something else than none."""
-    tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
-    if not torch.allclose(found, uncompiled, rtol=tolerance, atol=tolerance):
-        raise RuntimeError(f"{what}: compiled, it differs by {(found - uncompiled).abs().max():.3g}")
+    require_close(f"{what}: compiled, it differs by", found, uncompiled)
     if changes == torch.allclose(found, uncut, rtol=1e-5, atol=1e-5):
         raise RuntimeError(f"{what}: the cut changes {'nothing' if changes else 'something'}")

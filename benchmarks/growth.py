@@ -48,7 +48,7 @@ def measure(s: Settings) -> Iterator[Row]:
 def _of_layers(s: Settings, layers: int) -> Iterator[Row]:
     plain = models.gpt2(layers, s.heads, s.heads * s.d_head, positions=s.short, vocabulary=64, device=s.device, seed=s.seed)
     twin, ids = models.twin(plain), models.tokens(s.batch, s.short, s.device, s.seed, 64)
-    cut = Edit("z", "zero", heads=[s.heads // 4, s.heads // 2 + 1])
+    cut = Edit("z", "zero", heads=models.two_heads(s.heads))
 
     def time(group: str, what: str, call: Any) -> Row:
         found = interleave(lambda: plain(ids), call, rounds=s.rounds, seed=s.seed, device=s.device)

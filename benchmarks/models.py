@@ -91,6 +91,16 @@ def twin(model: nn.Module, own_parameters: bool = False) -> Any:
     return copy.deepcopy(model, shared)
 
 
+def two_heads(heads: int) -> list[int]:
+    """Two that are not neighbours: neighbours are cut without index tensors, and would look cheaper."""
+    return [heads // 4, heads // 2 + 1]
+
+
+def greedy(steps: int) -> dict[str, Any]:
+    """Options of generate: exactly so many tokens, with a cache."""
+    return {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+
+
 def tokens(batch: int, length: int, device: str = "cpu", seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Random token ids (batch, length)."""
     generator = torch.Generator().manual_seed(seed)

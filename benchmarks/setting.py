@@ -34,8 +34,7 @@ class Settings(arguments.Common):
 
     @property
     def two(self) -> list[int]:
-        """Two heads that are not neighbours: neighbours are cut without index tensors, and would look cheaper."""
-        return [self.heads // 4, self.heads // 2 + 1]
+        return models.two_heads(self.heads)
 
     @property
     def caches(self) -> tuple[int, int]:
@@ -90,6 +89,11 @@ def check_cut(what: str, model: Any, spec: Spec, ids: Tensor, uncut: Tensor) -> 
         reference = states(model, ids)
     if torch.equal(found, uncut):
         raise RuntimeError(f"{what}: the cut changes nothing")
+    require_close(f"{what}: the kernels differ by", found, reference)
+
+
+def require_close(what: str, found: Tensor, reference: Tensor) -> None:
+    """Raises RuntimeError, of `what` and how much, for what differs by more than rounding."""
     tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
     if not torch.allclose(found, reference, rtol=tolerance, atol=tolerance):
-        raise RuntimeError(f"{what}: the kernels differ by {(found - reference).abs().max():.3g}")
+        raise RuntimeError(f"{what} {(found - reference).abs().max():.3g}")

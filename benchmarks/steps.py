@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from benchmarks import models
 from benchmarks.results import Row
-from benchmarks.setting import Settings, agree
+from benchmarks.setting import Settings, agree, require_close
 from surgery import Edit, Freeze, Spec, collect_reference, patched
 
 NO_CUTS, CUT = 1.05, 1.10
@@ -50,10 +50,8 @@ def decoding(s: Settings) -> Iterator[Row]:
     ids = ids[:1, : s.prompt]
 
     def generate(model: Any) -> Tensor:
-        steps: Any = {"min_new_tokens": s.steps, "max_new_tokens": s.steps}
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, pad_token_id=0, **steps
-        )
+        found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **models.greedy(s.steps))
+        return found
 
     group = f"decoding {s.steps} tokens with a cache, GPT-2 small, batch 1, over unpatched sdpa"
     with patched(twin):
@@ -98,6 +96,4 @@ def check_step(what: str, model: Any, ids: Tensor, uncut: Tensor) -> None:
     found, whole = on_cache(model, ids)(), model(ids).last_hidden_state[:, -1:]
     if torch.equal(found, uncut):
         raise RuntimeError(f"{what}: the cut changes nothing")
-    tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
-    if not torch.allclose(found, whole, rtol=tolerance, atol=tolerance):
-        raise RuntimeError(f"{what}: a step differs from the whole sequence by {(found - whole).abs().max():.3g}")
+    require_close(f"{what}: a step differs from the whole sequence by", found, whole)

@@ -5,7 +5,6 @@ Exit codes: 0 good, 1 the model or files are wrong, 2 wrong usage.
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -23,6 +22,7 @@ from surgery.commands.patch import patch
 from surgery.commands.patching import patching
 from surgery.commands.schema import schema
 from surgery.commands.verify import verify
+from surgery.launcher import started
 
 app = typer.Typer(
     help="Cut the QK and OV circuits of attention heads in Hugging Face models.",
@@ -54,7 +54,7 @@ def options(
     ] = False,
 ) -> None:
     """What stands before a command."""
-    count = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    count = started()
     if count > 1 and context.invoked_subcommand not in DIVIDED:
         found = f"found {count} processes of a launcher; expected one, or a command that divides its work:"
         raise typer.BadParameter(

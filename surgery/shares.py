@@ -44,7 +44,7 @@ class Share:
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """(batch, heads of the whole model, ..) of this process's heads, in every process."""
-        every: Tensor = _Gather.apply(tensor, self)
+        every: Tensor = _Exchange.apply(tensor, self, True)
         return every
 
     def attention(self, whole: Attention) -> Attention:
@@ -114,41 +114,32 @@ class _Whole(Operation):
     @property
     def acts_here(self) -> bool:
         assert self.whole is not None and self.share is not None
-        own = range(self.share.number * len(self.heads), (self.share.number + 1) * len(self.heads))
+        own = self.share.of(self.share.count * len(self.heads))
         return any(head in own for head in self.whole.heads)
 
     def _apply(self, x: Tensor, where: Where, held: Sequence[int] | None) -> Tensor:
         assert self.whole is not None and self.share is not None
         if where.allowed is not None and where.allowed.shape[1] > 1:
             where = replace(where, allowed=self.share.gathered(where.allowed))
-        new: Tensor = _Own.apply(self.whole._apply(self.share.gathered(x), where, None), self.share)
+        new: Tensor = _Exchange.apply(self.whole._apply(self.share.gathered(x), where, None), self.share, False)
         return new
 
 
-class _Gather(torch.autograd.Function):
-    """This process's heads to those of all. What follows is the same in every process, and so is its gradient."""
+class _Exchange(torch.autograd.Function):
+    """This process's heads to those of all, or back again; the gradient goes the other way.
+
+    What follows the heads of all is the same in every process, and so is its gradient; that of a process's own heads comes
+    together from the processes that go on with them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        return _all(tensor, share)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _own(gradients[0], ctx.share), None
-
-
-class _Own(torch.autograd.Function):
-    """The other way: the gradient of all heads comes together from the processes that go on with them."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        return _own(tensor, share)
+    def forward(ctx: Any, tensor: Tensor, share: Share, is_gathered: bool) -> Tensor:
+        ctx.share, ctx.is_gathered = share, is_gathered
+        return (_all if is_gathered else _own)(tensor, share)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _all(gradients[0], ctx.share), None
+        return (_own if ctx.is_gathered else _all)(gradients[0], ctx.share), None, None
 
 
 def _all(tensor: Tensor, share: Share) -> Tensor:

@@ -1,5 +1,7 @@
 """One thread for each test process: the models are tiny, and several processes share the cores."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,6 +15,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help='model types of tests/test_zoo.py: "quick" (some of each mechanism), "all", a shard "2/8", or names with commas',
     )
     parser.addoption("--rounds", default=100, type=int, help="of tests/test_long_runs.py")
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """torch's compiler as if nothing had been compiled, before and after."""
+    from torch._dynamo.utils import counters  # which few tests need
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.hookimpl(tryfirst=True)

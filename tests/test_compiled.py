@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,14 +33,6 @@ def cuts(name: str) -> dict[str, list[Edit]]:
         "rot_k": [Edit("rot_k", "scale", 0.5, heads=[1])],
         "z by position": [Edit("z", "add", mean.expand(4, LENGTH, -1))],
     }
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @torch.no_grad()

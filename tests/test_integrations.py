@@ -6,7 +6,7 @@ Equality is `torch.equal` unless a tool computes in another order; the reason st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -372,14 +372,6 @@ COMPILED = [
     for cut in CUTS
     if (name == "llama" and implementation == "sdpa") or cut == "several" or (name == "gpt2" and cut == "qk")
 ]
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("name", "implementation", "cut"), COMPILED)

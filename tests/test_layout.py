@@ -18,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 # Files from the ground up: each imports only files above it. A new file goes where it belongs, with everything it needs above.
 ORDER = [
-    "surgery.errors", "surgery.threads", "surgery.vocabulary", "surgery.sites", "surgery.family", "surgery.configs",
-    "surgery.noise", "surgery.fields", "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec", "surgery.schema",
+    "surgery.errors", "surgery.threads", "surgery.launcher", "surgery.vocabulary", "surgery.sites", "surgery.family",
+    "surgery.configs", "surgery.noise", "surgery.fields", "surgery.reference", "surgery.values", "surgery.cuts", "surgery.spec",
+    "surgery.schema",
     "surgery.blocks", "surgery.where",
     "surgery.templates", "surgery.gradient",
     "surgery.interventions",                                                                              # what is cut

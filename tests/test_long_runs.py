@@ -229,14 +229,6 @@ def test_blocks_errors_copies_and_generation(rounds: int) -> None:
 # -- compiled models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 HEADS = [heads for count in range(1, 5) for heads in itertools.combinations(range(4), count)]
 
 

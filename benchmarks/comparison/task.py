@@ -56,7 +56,7 @@ class Task:
         """half: in bfloat16 on CUDA."""
         self.settings, self.half = settings, half
         s = settings
-        self.two = [s.heads // 4, s.heads // 2 + 1]
+        self.two = models.two_heads(s.heads)
         self.ids = models.tokens(s.batch, s.length, s.device, s.seed, s.vocabulary)
         self.next = models.tokens(s.batch, 1, s.device, s.seed + 1, s.vocabulary)
         self.prompt = self.ids[:1, : s.prompt]
@@ -65,17 +65,20 @@ class Task:
     def model(self) -> Any:
         s = self.settings
         width = s.heads * s.d_head
-        common: dict[str, Any] = {
-            "head": True,
-            "device": s.device,
-            "seed": s.seed,
-            "vocabulary": s.vocabulary,
-            "positions": s.length + s.steps,
-        }
-        common["spread"] = width**-0.5  # so that attention matters as much in every width
-        common["half"] = self.half
-        more: dict[str, Any] = {"tied": False} if s.family == "gpt2" else {"kv_heads": s.kv_heads}
-        return getattr(models, s.family)(s.layers, s.heads, width=width, **common, **more)
+        of_family: dict[str, Any] = {"tied": False} if s.family == "gpt2" else {"kv_heads": s.kv_heads}
+        return getattr(models, s.family)(
+            s.layers,
+            s.heads,
+            width=width,
+            positions=s.length + s.steps,
+            vocabulary=s.vocabulary,
+            head=True,
+            device=s.device,
+            seed=s.seed,
+            half=self.half,
+            spread=width**-0.5,  # so that attention matters as much in every width
+            **of_family,
+        )
 
     def twin(self, implementation: str) -> Any:
         """The same weights under an attention implementation of transformers; gradients are its own."""

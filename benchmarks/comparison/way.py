@@ -1,4 +1,4 @@
-"""What a library has to offer to be compared: five abilities of which all work is made."""
+"""What a library has to offer to be compared: the abilities of which all work is made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks import models
 from benchmarks.comparison.task import Task
 
 Place = tuple[int, int]
@@ -53,8 +54,7 @@ class Way:
 
     def generate(self, ids: Tensor, steps: int) -> Tensor:
         """Greedy, with a cache: prompt and `steps` tokens more."""
-        options = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids), **models.greedy(steps))
 
     def patterns(self, heads: Sequence[int] | None) -> list[Tensor]:
         """Of every layer, (batch, head, query, key) of these heads, or of all."""

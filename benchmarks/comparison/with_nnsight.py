@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks import models
 from benchmarks.comparison.places import channels, places, score, sorted_out
 from benchmarks.comparison.task import Task
 from benchmarks.comparison.way import Way, frozen
@@ -74,8 +75,7 @@ class Nnsight(Way):
         return found.past_key_values
 
     def generate(self, ids: Tensor, steps: int) -> Tensor:
-        options = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-        mask = torch.ones_like(ids)
+        mask, options = torch.ones_like(ids), models.greedy(steps)
         with self.traced.trace(ids, fn=self.model.generate, attention_mask=mask, **options) as tracer:
             for _ in tracer.iter[:steps]:
                 self._intervene()

@@ -70,7 +70,7 @@ def measure(settings: Settings, names: list[str]) -> dict[str, Any]:
             found = cells(work, task, ways, notes)
         except torch.OutOfMemoryError:
             note = "not compared: this library, or the unpatched model, runs out of memory"
-            found = {**{name: {"note": note} for name in ways}, **{name: {"note": note} for name, note in notes.items()}}
+            found = {name: {"note": notes.get(name, note)} for name in (*ways, *notes)}
         rows += [{"work": work.name, "way": name, **cell} for name, cell in found.items()]
     add_memory(settings, rows)
     return {"rows": rows, "versions": versions, "with": {name: version(name) for name in ("torch", "transformers")}}

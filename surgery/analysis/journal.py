@@ -60,7 +60,7 @@ class Journal:
         if self.workers.is_main:
             for key in [key for key in self.found if key not in self.written]:
                 self.add(key, self.found[key])
-        self.workers.once(lambda: None)
+        self.workers.once(lambda: None)  # all wait: no part goes before the one file has what is in it
         if self.workers.is_divided and not self.workers.is_main:
             self.own.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ import torch
 from torch import distributed, nn
 
 from surgery.errors import SurgeryError, describe
+from surgery.launcher import started
 from surgery.shares import is_shared
 
 Item = TypeVar("Item")
@@ -171,7 +172,7 @@ def processes() -> int:
     """How many a launcher started, or are in the process group."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return started()
 
 
 def _state() -> Any:
