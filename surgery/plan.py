@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery.anatomy import Anatomy
+from surgery.errors import SurgeryError, describe
 from surgery.interventions import Operation
 from surgery.spec import Spec
 from surgery.threads import PerThread
@@ -110,9 +111,11 @@ class Session:
         """Counts a run of a module. When one runs again after another, modules that never ran were left out by a forward.
 
         Again at once says nothing: layers may share a module; nor does again in the very same forward of the model, which
-        may go through some of its layers several times.
+        may go through some of its layers several times. Raises SurgeryError within a callable edit of this model.
         """
         now = self.now
+        if now.is_inside or address in now.forward:
+            self._check_nesting(address)
         if now.is_inside:
             now.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
         self.runs[address] = self.runs.get(address, 0) + 1
@@ -131,6 +134,24 @@ class Session:
         now.forward.add(address)
         now.last = address
         now.is_inside = self.is_cut_off = True
+
+    def _check_nesting(self, address: str) -> None:
+        """Raises SurgeryError for a forward within a cut of this model: it would take the place of the outer one's state."""
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_back
+            if frame.f_code is Operation.apply.__code__ and caller is not None:
+                cut: Operation = frame.f_locals["self"]
+                if getattr(caller.f_locals.get("self"), "session", None) is self:
+                    raise SurgeryError(
+                        describe(
+                            f"cut {cut.number} at {cut.address} {cut.site}",
+                            f"a callable that runs the model which it cuts (its forward came to {address})",
+                            "one that computes from the tensor it is given: the inner forward would be cut, too",
+                            "Run the model before and let the callable use what you keep of it, or run copy.deepcopy(model).",
+                        )
+                    )
+            frame = caller
 
     def leave(self) -> None:
         """Ends what `enter` began."""

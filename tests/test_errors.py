@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -758,6 +759,28 @@ def test_an_error_of_a_callable_says_where_it_was_called(llama: Any) -> None:
     with patched(llama, Edit("z", lambda z, hook: z, layers=[1])), pytest.raises(TypeError, match="hook") as caught:
         logits(llama, FAMILIES["llama"].inputs())
     assert caught.value.__notes__ == ["in cut 0: callable <lambda> at self.1 z, given (2, 4, 9, 16)"]
+
+
+@pytest.mark.parametrize(("name", "site", "layer"), [("llama", "z", 0), ("llama", "q", 1), ("bert", "result", 1)])
+def test_a_callable_that_runs_its_own_model_is_refused(name: str, site: str, layer: int) -> None:
+    """What is cut by position after it would otherwise count the positions of the inner forward."""
+    model, given = FAMILIES[name].build(), FAMILIES[name].inputs()
+    expected = logits(model, given)
+    copied = copy.deepcopy(model)
+
+    def runs(which: Any) -> Any:
+        def edit(tensor: Tensor) -> Tensor:
+            which(**given)
+            return tensor
+
+        return edit
+
+    with patched(model, Edit(site, runs(model), layers=[layer])), pytest.raises(SurgeryError, match="runs the model") as caught:
+        logits(model, given)
+    check_message(str(caught.value))
+    with patched(model, Edit(site, runs(copied), layers=[layer])), patched(copied, Edit(site, "scale", 0.5)):
+        assert torch.equal(logits(model, given), expected)
+    assert torch.equal(logits(model, given), expected)
 
 
 def test_a_long_value_is_not_printed_whole() -> None:
