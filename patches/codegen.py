@@ -28,4 +28,4 @@ CODEGEN = Family(eager, members={"_attn": _attn}, kernels={})
 
 @register_patch("transformers.models.codegen.modeling_codegen.CodeGenAttention")
 def describe(module: nn.Module, family: Family | None) -> Family:
-    return CODEGEN
+    return family or CODEGEN  # newer versions go through the interface

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.family import Family, register_patch
-from surgery.interface import attend
+from surgery.interface import attend, take_cache
 
 
 def forward(
@@ -22,16 +22,16 @@ def forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     from transformers.models.diffllama.modeling_diffllama import apply_rotary_pos_emb
 
+    cache = take_cache(kwargs)
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
     value = torch.cat(torch.chunk(value, 2, dim=1), dim=-1).repeat(1, 2, 1, 1)
     output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
     first, second = torch.chunk(output, 2, dim=2)

@@ -25,4 +25,6 @@ GPTJ = Family(eager, members={"_attn": _attn}, kernels={})
 
 @register_patch("transformers.models.gptj.modeling_gptj.GPTJAttention")
 def describe(module: nn.Module, family: Family | None) -> Family | None:
-    return None if hasattr(module, "_flash_attn_uses_top_left_mask") else GPTJ  # not of the class that runs flash attention
+    if hasattr(module, "_flash_attn_uses_top_left_mask"):
+        return None  # the class that runs flash attention
+    return family or GPTJ  # newer versions go through the interface

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.family import Family, register_example, register_patch
-from surgery.interface import attend
+from surgery.interface import attend, take_cache
 
 
 def eager(
@@ -40,17 +40,17 @@ def forward(
     self: Any,
     hidden_states: Tensor,
     position_bias: Tensor | None,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
+    cache = take_cache(kwargs)
     qkv = self.Wqkv(hidden_states)
     if self.clip_qkv:
         qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
     shape = (*hidden_states.shape[:2], self.n_heads, self.head_dim)
     query, key, value = (part.reshape(shape).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
     if position_bias is not None:  # (head, 1, key) for all positions that the model can have: the last ones are ours
         position_bias = position_bias[None, ..., max(0, position_bias.size(2) - key.shape[2]) :]
     output, weights = attend(self, query, key, value, attention_mask, position_bias=position_bias)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surgery.family import Family, register_example, register_patch
-from surgery.interface import needs_position, point, refuse, written_out
+from surgery.interface import needs_position, point, refuse, take_cache, written_out
 
 
 def _each(reach: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -45,7 +45,6 @@ def _output(self: Any, weights: Tensor, value: Tensor) -> Tensor:
 def forward(
     self: Any,
     hidden_states: Tensor,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
     extended_predict_attention_mask: Tensor | None = None,
     main_relative_position_buckets: Tensor | None = None,
@@ -54,6 +53,7 @@ def forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden_states: (batch, stream * query, d_model), the main stream first."""
+    cache = take_cache(kwargs)
     batch, streams = hidden_states.shape[0], 1 + self.ngram
 
     def split(projected: Tensor) -> Any:
@@ -63,8 +63,8 @@ def forward(
     key, *keys = split(self.key_proj(hidden_states))
     value, *values = split(self.value_proj(hidden_states))
     states, *others = hidden_states.chunk(streams, dim=1)
-    if past_key_values is not None:
-        cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+    if cache is not None:
+        cache = getattr(cache, "self_attention_cache", cache)
         key, value = cache.update(key, value, self.layer_idx)
         _check_positions(self, key.shape[2] > query.shape[2])
 

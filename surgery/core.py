@@ -16,7 +16,7 @@ from surgery.family import Family, find_family
 from surgery.forward import Forward
 from surgery.inline import Inline, record_inline
 from surgery.own_keys import own_keys, reads_apart, with_own_keys
-from surgery.paged import key_offset, obstacle, query_offset, read_pages, reads_keys
+from surgery.paged import is_paged, key_offset, obstacle, query_offset, read_pages, reads_keys
 from surgery.plan import Plan, Probe, Session, model_call
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
@@ -147,6 +147,9 @@ class Surgery:
             is_filled = self.is_cross and cache is not None and is_updated(cache, layer)
             now.awaited = self.expected - {"k"} if is_filled else self.expected
             now.where = Where(is_cross=self.is_cross)
+            now.is_paged = any(is_paged(value) for value in (*kwargs.values(), *args))
+            if now.is_paged:
+                self.check_paged()
             # Points in an inline attention's own code, and cuts by position, count queries.
             is_counted = self.family.inline is not None or self.needs_position
             now.queries, now.rows = n_queries(args, kwargs, self.query_axis) if is_counted else 0, {}
@@ -159,7 +162,7 @@ class Surgery:
                     found = now.call[1]  # again in one forward of the model, whose keys may lie in another layer by now
                 now.call = (call, found)
                 now.where = Where(found[0], found[1], None, self.is_cross, found[2])
-            elif self.cuts_by_position and kwargs.get("cache") is not None:
+            elif self.cuts_by_position and now.is_paged:
                 now.where = Where(self._find_tokens(kwargs, now.queries))
 
     def _check_joined(self) -> None:
@@ -212,13 +215,12 @@ class Surgery:
         """
         if implementation is None or self.plan.reconstruct:
             implementation = self.implementation
-        if kwargs.get("cache") is not None:
-            self.check_paged()
-            if reads_keys(self.plan):
+        if self.now.is_paged and reads_keys(self.plan):
+            if is_paged(kwargs.get("cache")):
                 key, value, kwargs = read_pages(self.module, key, value, kwargs)
-                if self.cuts_by_position:
-                    where = self.now.where
-                    self.now.where = replace(where, key_offset=key_offset(kwargs, where.query_offset, key.shape[2]))
+            if self.cuts_by_position:
+                where = self.now.where
+                self.now.where = replace(where, key_offset=key_offset(kwargs, where.query_offset, key.shape[2]))
         self._place_keys(query.shape[2], key.shape[2])
         if self.plan.reconstruct or (self.matrix_heads and self.family.is_eager(implementation)):
             return self._all_heads(Call(implementation, query, key, value, attention_mask, kwargs, self.core_groups), done)

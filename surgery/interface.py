@@ -55,6 +55,15 @@ def point(module: nn.Module, site: str, tensor: Any, arrangement: Arrangement | 
     return surgery.spot(site, tensor, arrangement)
 
 
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """Takes the KV cache out of the keywords of a forward that a patch writes out, by the name that its callers give it.
+
+    That is past_key_values up to transformers 5.23, where a `cache` beside it is a paged one, for the kernel to fill; since
+    5.24 it is cache, of whatever kind, for the forward itself: `cache.update(key, value, layer, kwargs=kwargs)`.
+    """
+    return kwargs.pop("past_key_values" if "past_key_values" in kwargs else "cache", None)
+
+
 _ROLES = {"b": BATCH, "h": HEAD, "r": ROW, "c": COLUMN}
 
 

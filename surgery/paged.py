@@ -1,7 +1,8 @@
 """What a patched module needs of a paged KV cache (continuous batching): whose its tokens are, and its keys where they are cut.
 
-Many sequences lie in one row, their tokens one after another, and the kernel itself puts keys and values into the cache and
-takes those of all sequences out, in the same order. The mask keeps them apart.
+Many sequences lie in one row, their tokens one after another. Keys and values are put into the cache, and those of all
+sequences taken out in the same order: by the class's forward, or up to transformers 5.23 by the kernel. The mask keeps them
+apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 
 from surgery.errors import CacheError
 from surgery.interventions import Operation
@@ -23,10 +24,15 @@ from surgery.plan import Plan
 from surgery.sites import MATRIX_SITES
 
 
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is one of continuous batching: ordinary ones come under the same name."""
+    return isinstance(cache, PagedAttentionCache)
+
+
 def obstacle(plan: Plan, implementation: str, is_own: bool) -> str:
     """Why a plan cannot act under continuous batching; "" if it can. is_own: the class has its own way to a kernel."""
     if is_own:
-        return "a class that does not go through transformers' attention interface, and never asks such a cache for its keys"
+        return "a class that does not go through transformers' attention interface, as continuous batching needs it"
     if plan.probes:
         return f"a capture of {', '.join(plan.probes)}"
     operations = [operation for site in plan.operations.values() for operation in site]
@@ -126,7 +132,10 @@ def _packed(tensor: Tensor) -> Tensor:
 def read_pages(
     module: nn.Module, key: Tensor, value: Tensor, kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Puts the new keys and values into the cache; those of whole sequences, and the keywords for the kernel to go on with."""
+    """Puts the new keys and values into the cache in place of a kernel that does so.
+
+    Returns those of whole sequences, and the keywords for the kernel to go on with.
+    """
     cache: Any = kwargs["cache"]
     after = dict(kwargs)
     names = inspect.signature(cache.update).parameters

@@ -30,7 +30,6 @@ class TinyFamily:
     config: str
     options: dict[str, Any]
     kind: str = "decoder"
-    sdpa: bool = True
     tweak: Callable[[Any], None] | None = None
 
     def build(self, implementation: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Any:
@@ -64,6 +63,11 @@ class TinyFamily:
             decoder = torch.randint(5, VOCAB, (batch, length - 2), generator=generator)
             return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder}
         return {"input_ids": ids, "attention_mask": mask}
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether the installed transformers runs it on sdpa."""
+        return getattr(transformers, self.architecture)._supports_sdpa
 
     @property
     def is_causal_lm(self) -> bool:
@@ -104,9 +108,9 @@ FAMILIES: dict[str, TinyFamily] = {
             "GPT2Config",
             _gpt2(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True),
         ),
-        TinyFamily("gptj", "GPTJForCausalLM", "GPTJConfig", _gpt2(rotary_dim=4), sdpa=False),
+        TinyFamily("gptj", "GPTJForCausalLM", "GPTJConfig", _gpt2(rotary_dim=4)),
         TinyFamily("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", _common(rotary_pct=0.5)),
-        TinyFamily("codegen", "CodeGenForCausalLM", "CodeGenConfig", _gpt2(rotary_dim=4), sdpa=False),
+        TinyFamily("codegen", "CodeGenForCausalLM", "CodeGenConfig", _gpt2(rotary_dim=4)),
         TinyFamily("llama", "LlamaForCausalLM", "LlamaConfig", _common(**_grouped, head_dim=16)),
         TinyFamily("mistral", "MistralForCausalLM", "MistralConfig", _common(**_grouped, head_dim=16, sliding_window=WINDOW)),
         TinyFamily(
@@ -154,7 +158,6 @@ FAMILIES: dict[str, TinyFamily] = {
                 bos_token_id=1,
                 eos_token_id=2,
             ),
-            sdpa=False,
         ),
         TinyFamily(
             "opt",
@@ -190,7 +193,6 @@ FAMILIES: dict[str, TinyFamily] = {
                 bos_token_id=1,
                 eos_token_id=2,
             ),
-            sdpa=False,
         ),
         TinyFamily(
             "mpt",
@@ -207,7 +209,6 @@ FAMILIES: dict[str, TinyFamily] = {
                 bos_token_id=1,
                 eos_token_id=2,
             ),
-            sdpa=False,
         ),
         TinyFamily("phi", "PhiForCausalLM", "PhiConfig", _common(**_grouped, qk_layernorm=True, partial_rotary_factor=0.5)),
         TinyFamily("phi3", "Phi3ForCausalLM", "Phi3Config", _common(**_grouped, sliding_window=WINDOW)),
@@ -216,7 +217,6 @@ FAMILIES: dict[str, TinyFamily] = {
             "Gemma2ForCausalLM",
             "Gemma2Config",
             _common(**_grouped, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16, attn_logit_softcapping=3.0),
-            sdpa=False,
         ),
         TinyFamily(
             "gemma3",
@@ -236,7 +236,6 @@ FAMILIES: dict[str, TinyFamily] = {
                 num_experts_per_tok=2,
                 layer_types=_layer_types,
             ),
-            sdpa=False,
         ),
         TinyFamily("olmo2", "Olmo2ForCausalLM", "Olmo2Config", _common(**_grouped)),
         TinyFamily(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import D_MODEL, DECODERS, FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH
 from remote.styles import Operators
 from torch import Tensor, nn
@@ -330,7 +331,7 @@ def test_what_was_seen_is_not_written_over(implementation: str) -> None:
         tokens = model.generate(**inputs, **options)
     with capture(model, ["rot_k", "v"], [1]) as static:
         cache = StaticCache(config=model.config, max_cache_len=LENGTH + 3)
-        assert torch.equal(model.generate(**inputs, past_key_values=cache, **options), tokens)
+        assert torch.equal(model.generate(**inputs, **{CACHE: cache}, **options), tokens)
     for site in ("rot_k", "v"):
         for one, other in zip(static.steps(1, site), dynamic.steps(1, site), strict=True):
             filled = other.shape[2]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import FAMILIES, LENGTH
 from test_exactness import fresh
 from torch import Tensor
@@ -42,7 +43,7 @@ def decode(model: Any, run: Any) -> Tensor:
     cache, found = StaticCache(model.config, max_cache_len=ROOM), []
     for part in (slice(0, PROMPT), *(slice(step, step + 1) for step in range(PROMPT, LENGTH))):
         mask = (torch.arange(ROOM) < part.stop).expand(len(ids), ROOM)
-        found.append(run(ids[:, part], attention_mask=mask, past_key_values=cache).logits)
+        found.append(run(ids[:, part], attention_mask=mask, **{CACHE: cache}).logits)
     return torch.cat(found, dim=1)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import BATCH, FAMILIES, HEADS, KV_HEADS, LENGTH, PADDING
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -561,7 +562,7 @@ def test_noise_is_the_same_at_every_decoding_step(site: str, run: str) -> None:
     cache = DynamicCache(config=model.config)
     with capture(model, site, layers=[0], heads=[0, 3]) as stepwise, torch.no_grad():
         for step in range(LENGTH):
-            model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache)
+            model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], **{CACHE: cache})
     full = whole[0, site]
     for step, tensor in enumerate(stepwise.steps(0, site)):
         if site in ("rot_k", "v"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import D_MODEL, FAMILIES, HEADS, LENGTH
 from test_exactness import NO_STATIC_CACHE, by_chunks, cache_error, fresh, generate, new_cache, vectors
 from torch import Tensor
@@ -106,7 +107,7 @@ def decode(model: Any, name: str, static: bool) -> tuple[list[Tensor], list[tupl
     for part in (slice(0, 4), slice(4, 5), slice(5, 7)):
         reach = mask if mask is None or two_stacks else mask[:, : part.stop]
         more = {} if reach is None else {"attention_mask": reach}
-        found.append(model(**inputs, **more, **{ids_name: ids[:, part]}, past_key_values=cache).logits)
+        found.append(model(**inputs, **more, **{ids_name: ids[:, part], CACHE: cache}).logits)
     return found, contents(cache)
 
 
@@ -245,10 +246,10 @@ def test_a_reference_that_ends_is_an_error_and_in_a_compiled_step_nan() -> None:
     @torch.no_grad()
     def steps(model: Any, run: Any) -> Iterator[Tensor]:
         cache = StaticCache(model.config, max_cache_len=room)
-        model(ids[:, :4], attention_mask=torch.ones(2, 4), past_key_values=cache)
+        model(ids[:, :4], attention_mask=torch.ones(2, 4), **{CACHE: cache})
         for step in range(4, 8):
             mask = (torch.arange(room) <= step).expand(2, room)
-            yield run(ids[:, step, None], attention_mask=mask, past_key_values=cache).logits
+            yield run(ids[:, step, None], attention_mask=mask, **{CACHE: cache}).logits
 
     torch._dynamo.reset()
     for positions in (None, range(6)):
@@ -333,8 +334,8 @@ def test_a_part_of_a_cache_of_other_cuts_is_refused() -> None:
     model, given = FAMILIES["bart"].build(), FAMILIES["bart"].inputs()
     patch_model(model, Edit("k", "scale", 3.0, layers=["decoder.cross.*"]))
     with torch.no_grad():
-        filled = model(**given, use_cache=True).past_key_values
-        model(**given, past_key_values=EncoderDecoderCache(DynamicCache(), filled.cross_attention_cache))
+        filled = model(**given, use_cache=True)[CACHE]
+        model(**given, **{CACHE: EncoderDecoderCache(DynamicCache(), filled.cross_attention_cache)})
         patch_model(model, Edit("v", "scale", 0.5, layers=["decoder.cross.*"]))
         with pytest.raises(CacheError, match="filled under another spec"):
-            model(**given, past_key_values=EncoderDecoderCache(DynamicCache(), filled.cross_attention_cache))
+            model(**given, **{CACHE: EncoderDecoderCache(DynamicCache(), filled.cross_attention_cache)})

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from cached import CACHE
 from families import FAMILIES, KV_HEADS
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -428,7 +429,7 @@ def new_cache(model: Any, kind: str = "dynamic") -> Any:
 def step(model: Any, cache: Any, tokens: slice) -> Tensor:
     ids = FAMILIES["llama"].inputs(padding=0)["input_ids"]
     with torch.no_grad():
-        return model(ids[:, tokens], past_key_values=cache, use_cache=True).logits
+        return model(ids[:, tokens], **{CACHE: cache}, use_cache=True).logits
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -493,9 +494,9 @@ def test_the_two_caches_of_an_encoder_decoder() -> None:
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     with torch.no_grad():
         first = {**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, :3]}
-        model(**first, past_key_values=cache, use_cache=True)
+        model(**first, **{CACHE: cache}, use_cache=True)
         with patched(model, Freeze("ov", "decoder.cross.1")), pytest.raises(CacheError, match="under no cuts"):
-            model(**{**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, 3:]}, past_key_values=cache)
+            model(**{**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, 3:], CACHE: cache})
 
 
 # -- what goes wrong while the model runs -------------------------------------------------------------------------------

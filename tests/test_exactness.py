@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import BATCH, FAMILIES, HEADS, KV_HEADS, LENGTH, PADDING, TinyFamily
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -522,7 +523,7 @@ def by_chunks(model: Any, name: str, chunks: tuple[int, ...], static: bool) -> t
     for size in chunks:
         part = slice(start, start + size)
         more = {} if two_stacks else {"attention_mask": mask[:, : part.stop]}
-        out = model(**fixed, **more, **{ids_name: ids[:, part]}, past_key_values=cache, use_cache=True).logits
+        out = model(**fixed, **more, **{ids_name: ids[:, part], CACHE: cache}, use_cache=True).logits
         found.append(out if two_stacks else out.masked_fill(~mask.bool()[:, part, None], 0))
         start += size
     return torch.cat(found, dim=1), whole[:, :start]

@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from cached import CACHE
 from families import FAMILIES, HEADS, LAYERS, LENGTH
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -422,11 +423,11 @@ def test_compiled_decoding_on_a_static_cache(dynamo: None) -> None:
     expected = logits(model, {"input_ids": ids}, use_cache=False)
     cache = StaticCache(model.config, max_cache_len=12)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    found = [logits(model, {"input_ids": ids[:, :4], "attention_mask": torch.ones(2, 4)}, past_key_values=cache)]
+    found = [logits(model, {"input_ids": ids[:, :4], "attention_mask": torch.ones(2, 4)}, **{CACHE: cache})]
     for step in range(4, LENGTH):
         given = {"input_ids": ids[:, step, None], "attention_mask": (torch.arange(12) <= step).expand(2, 12)}
         with torch._dynamo.config.patch(error_on_recompile=step > 5):
-            found.append(logits(compiled, given, past_key_values=cache))
+            found.append(logits(compiled, given, **{CACHE: cache}))
     # Shorter products, and a longer cache, round differently.
     assert torch.allclose(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
 

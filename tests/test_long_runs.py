@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import FAMILIES, VOCAB
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -431,7 +432,7 @@ def test_a_forward_leaves_nothing_of_its_inputs_behind(kernel: Any) -> None:
     patch_model(model, [Freeze("ov", heads=[1], positions=range(2, 4)), Edit("pattern", "uniform", heads=[0])], kernel=kernel)
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     gone = weakref.ref(cache)
     del cache
     gc.collect()

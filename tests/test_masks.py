@@ -17,6 +17,7 @@ import torch
 import transformers.integrations.flex_attention as hf_flex
 import transformers.masking_utils as masking
 import transformers.modeling_flash_attention_utils as hf_flash
+from cached import CACHE
 from families import FAMILIES, LAYERS, LENGTH, VOCAB
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -318,7 +319,7 @@ def cached(model: Any, padding: str, chunks: str, static: bool) -> Tensor:
     mask, out, start = PADDINGS[padding], [], 0
     for n in CHUNKS[chunks]:
         now = None if mask is None else torch.tensor([mask, [1] * LENGTH])[:, : start + n]
-        out.append(model(tokens()[:, start : start + n], attention_mask=now, past_key_values=cache).logits)
+        out.append(model(tokens()[:, start : start + n], attention_mask=now, **{CACHE: cache}).logits)
         start += n
     return torch.cat(out, dim=1)
 

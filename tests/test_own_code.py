@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from cached import CACHE
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -328,7 +329,7 @@ def test_positions_of_queries_beside_a_cache_that_holds_an_image(site: str) -> N
         out = model(input_ids=ids[:, :4], cross_attention_states=image, use_cache=True)
         steps = [out.logits]
         for i in range(4, 7):
-            out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=ids[:, i : i + 1], **{CACHE: out[CACHE]}, use_cache=True)
             steps.append(out.logits)
         # Products over one position and over several have other last bits.
         torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
@@ -343,7 +344,7 @@ def test_keys_that_stay_in_the_cache_are_not_awaited_again() -> None:
     image = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(3))
     whole = model(input_ids=ids, cross_attention_states=image, use_cache=False).logits
     out = model(input_ids=ids[:, :6], cross_attention_states=image, use_cache=True)
-    last = model(input_ids=ids[:, 6:], past_key_values=out.past_key_values, use_cache=True).logits
+    last = model(input_ids=ids[:, 6:], **{CACHE: out[CACHE]}, use_cache=True).logits
     torch.testing.assert_close(last, whole[:, -1:], rtol=1e-4, atol=1e-5)
 
 
@@ -375,8 +376,8 @@ def decoded(model: Any, ids: Tensor, target: Tensor) -> Tensor:
     """Logits, one token of the target at a time."""
     cache, steps, encoded = None, [], model.get_encoder()(ids)
     for i in range(target.shape[1]):
-        out = model(encoder_outputs=encoded, decoder_input_ids=target[:, i : i + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(encoder_outputs=encoded, decoder_input_ids=target[:, i : i + 1], **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
         steps.append(out.logits[:, -1:])
     return torch.cat(steps, 1)
 

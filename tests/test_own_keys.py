@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import FAMILIES, HEADS, LENGTH
 from test_exactness import by_chunks, cache_error, fresh, vectors
 from torch import Tensor
@@ -75,9 +76,9 @@ def test_steps_give_what_a_copy_of_the_cache_gives(
 @torch.no_grad()
 def step(model: Any, ids: Tensor, sites: Sequence[str] = ()) -> Any:
     """z of a step after a prompt, and whatever else is captured in it."""
-    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    cache = model(ids[:, :-1], use_cache=True)[CACHE]
     with capture(model, ["z", *sites]) as run:
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, -1:], **{CACHE: cache})
     return run
 
 

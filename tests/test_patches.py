@@ -14,9 +14,10 @@ from families import FAMILIES, HEADS, KV_HEADS, LAYERS, LENGTH, PADDING, WINDOW
 from torch import Tensor, nn
 from transformers import DiffLlamaConfig, DiffLlamaModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
-from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoFlashAttention2
 from transformers.models.pegasus_x.modeling_pegasus_x import PegasusXGlobalLocalAttention
 
+from patches.gptj import GPTJ
 from surgery import (
     Edit,
     SpecError,
@@ -27,6 +28,8 @@ from surgery import (
     patch_model,
     unpatch_model,
 )
+from surgery import family as families
+from surgery.family import load_patches, register_patch
 from surgery.sites import CORE_SITES, SITES
 
 NAMES = (
@@ -163,10 +166,11 @@ def test_generation_with_a_cache(name: str, implementation: str) -> None:
 def test_attention_weights(name: str, implementation: str) -> None:
     inputs = FAMILIES[name].inputs()
     model = FAMILIES[name].build(implementation)
+    fused = 0 if find_anatomy(model)[0].family.interface is not None else LAYERS  # transformers' own kernel gives none
     for spec, kernel, own in ((None, "auto", implementation), (None, "eager", "eager"), (UNCHANGED, "auto", implementation)):
         found = run(patch_model(model, spec, kernel=kernel), inputs, output_attentions=True)
         expected = run(plain(name, own), inputs, output_attentions=True)
-        assert len(found.attentions) == len(expected.attentions) == (0 if (name, own) == ("gpt2_reordered", "sdpa") else LAYERS)
+        assert len(found.attentions) == len(expected.attentions) == (fused if own == "sdpa" else LAYERS)
         for one, other in zip(found.attentions, expected.attentions, strict=True):
             assert torch.equal(one, other)
         assert torch.equal(found.logits, expected.logits)
@@ -299,18 +303,40 @@ def test_bloom_in_slices_has_no_output_projection_to_cut() -> None:
     assert list(attention.why) == ["o"]
 
 
-def test_a_subclass_with_its_own_core_gets_its_own_reconstruction() -> None:
-    class Doubled(GPTJAttention):
-        def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
-            return GPTJAttention._attn(self, 2 * query, key, value, attention_mask)
+class InAMethod(nn.Module):
+    """Two heads, computed as the classes that `patches/gptj.py` describes do it: in a method of its own."""
 
-    patch_model(FAMILIES["gptj"].build(), kernel="eager")  # leaves a trace of the usual core
-    model, inputs = FAMILIES["gptj"].build(), FAMILIES["gptj"].inputs()
-    for block in model.transformer.h:
-        block.attn.__class__ = Doubled
-    expected = run(model, inputs).logits
-    assert not torch.equal(expected, run(plain("gptj"), inputs).logits)
-    assert torch.equal(run(patch_model(model, kernel="eager"), inputs).logits, expected)
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weights = (query @ key.transpose(-1, -2) / 2).softmax(-1)
+        return weights @ value, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.o(self._attn(query, key, value, None)[0].transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_a_subclass_with_its_own_core_gets_its_own_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(InAMethod):
+        def _attn(self, query: Tensor, *others: Any) -> Any:
+            return InAMethod._attn(self, 2 * query, *others)
+
+    load_patches()
+    monkeypatch.setattr(families, "_PATCHES", dict(families._PATCHES))
+    register_patch(f"{InAMethod.__module__}.InAMethod")(lambda module, family: GPTJ)
+    model, x = nn.ModuleDict({"layer": InAMethod()}).eval(), torch.randn(2, LENGTH, 8)
+    usual = model["layer"](x)
+    assert torch.equal(patch_model(model, kernel="eager")["layer"](x), usual)  # leaves a trace of the usual core
+    model = unpatch_model(model)
+    model["layer"].__class__ = Doubled
+    expected = model["layer"](x)
+    assert not torch.equal(expected, usual)
+    assert torch.equal(patch_model(model, kernel="eager")["layer"](x), expected)
 
 
 def test_recording_leaves_buffers_where_they_are() -> None:
@@ -323,10 +349,10 @@ def test_recording_leaves_buffers_where_they_are() -> None:
 
 
 def test_the_classes_that_run_flash_attention_inline_are_refused() -> None:
-    model = FAMILIES["gptj"].build()
-    model.transformer.h[0].attn.__class__ = GPTJFlashAttention2
-    model.transformer.h[0].attn._flash_attn_uses_top_left_mask = False
-    with pytest.raises(UnsupportedArchitectureError, match=r"transformer\.h\.0\.attn.*GPTJFlashAttention2"):
+    model = FAMILIES["gpt_neo"].build()
+    model.transformer.h[0].attn.attention.__class__ = GPTNeoFlashAttention2
+    model.transformer.h[0].attn.attention._flash_attn_uses_top_left_mask = False
+    with pytest.raises(UnsupportedArchitectureError, match=r"transformer\.h\.0\.attn\.attention.*GPTNeoFlashAttention2"):
         patch_model(model)
     assert [a.address for a in find_anatomy(model, strict=False)] == ["self.1"]
 

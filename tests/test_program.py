@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -471,12 +472,12 @@ def test_the_model_is_as_it_was(name: str, suffix: str, tmp_path: Path, monkeypa
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     model, given_ = build("gpt2", several), FAMILIES["gpt2"].inputs()
     with torch.no_grad():
-        cache = model(**given_, past_key_values=DynamicCache()).past_key_values
+        cache = model(**given_, **{CACHE: DynamicCache()})[CACHE]
     (tmp_path / "folder.pt2").mkdir()
     for file, inputs, shapes, message in (
         ("it.bin", given_, None, r"found format=None for 'it.bin'; expected a .pt2 or .onnx file"),
         ("folder.pt2", given_, None, "found a folder; expected no file or an earlier one"),
-        ("it.pt2", {**given_, "past_key_values": cache}, None, r"past_key_values \(a DynamicCache\); expected tensors"),
+        ("it.pt2", {**given_, CACHE: cache}, None, rf"{CACHE} \(a DynamicCache\); expected tensors"),
         ("it.pt2", {}, None, "expected tensors by name"),
         ("it.pt2", given_, {"input_id": {1: Dim.AUTO}}, "found 'input_id'; expected names of .* Did you mean 'input_ids'"),
         ("it.pt2", given_, [None], "found a list; expected a dictionary"),

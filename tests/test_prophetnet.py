@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from torch import Tensor
 from transformers import ProphetNetConfig, ProphetNetForConditionalGeneration
 
@@ -193,8 +194,8 @@ def step_by_step(one: Any) -> tuple[Tensor, Tensor]:
     source = {"input_ids": inputs()["input_ids"]}
     with torch.no_grad():
         for step in range(LENGTH):
-            output = one(**source, decoder_input_ids=ids[:, step : step + 1], past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            output = one(**source, decoder_input_ids=ids[:, step : step + 1], **{CACHE: past}, use_cache=True)
+            past = output[CACHE]
             whole = one(**source, decoder_input_ids=ids[:, : step + 1], use_cache=False)
             found.append((output.logits[:, -1], whole.logits[:, -1]))
     first, second = zip(*found, strict=True)

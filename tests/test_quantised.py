@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import FAMILIES, HEADS, LAYERS
 from oracle import Oracle
 from peft import LoraConfig, get_peft_model
@@ -383,7 +384,7 @@ def test_decoding_with_a_cache_under_cuts(load: Load, kind: str) -> None:
         past = model(ids[:, :5], use_cache=True)
         found = [past.logits]
         for position in range(5, ids.shape[1]):
-            past = model(ids[:, position : position + 1], past_key_values=past.past_key_values, use_cache=True)
+            past = model(ids[:, position : position + 1], **{CACHE: past[CACHE]}, use_cache=True)
             found.append(past.logits)
     assert gap(torch.cat(found, dim=1), whole) <= (0.06 if kind in LOOSE else 1e-4)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import FAMILIES, HEADS, KV_HEADS
 from torch import Tensor, nn
 
@@ -408,5 +409,5 @@ def test_every_trace_is_made_while_patching(name: str, monkeypatch: pytest.Monke
         model(**given, output_attentions=True)
         if family.kind == "decoder":
             model(given["input_ids"], use_cache=False)
-            cache = model(given["input_ids"]).past_key_values
-            model(given["input_ids"][:, :2], past_key_values=cache)
+            cache = model(given["input_ids"])[CACHE]
+            model(given["input_ids"][:, :2], **{CACHE: cache})

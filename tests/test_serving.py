@@ -294,7 +294,7 @@ def test_captures_and_attention_that_never_asks_the_cache_are_refused() -> None:
     with capture(model, "z"), pytest.raises(CacheError, match="a capture of z"):
         generate_batch(model, PROMPTS)
     with pytest.raises(CacheError, match="does not go through transformers' attention interface"):
-        generate_batch(patch_model(build("gptj"), PAGED["z"]), PROMPTS)
+        generate_batch(patch_model(build("gpt_neo"), PAGED["z"]), PROMPTS)
 
 
 def test_what_is_refused_in_the_managers_thread_is_an_error_of_each_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE
 from families import FAMILIES, HEADS, LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,8 +127,8 @@ def test_blocks_with_a_cache(chunks: tuple[int, ...], blocks: list[Any]) -> None
     cache, parts, start = None, [], 0
     for length in chunks:
         with torch.no_grad():
-            output = model(inputs["input_ids"][:, start : start + length], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, start + length
+            output = model(inputs["input_ids"][:, start : start + length], **{CACHE: cache}, use_cache=True)
+        cache, start = output[CACHE], start + length
         parts.append(output.logits)
     assert len(set(blocks)) > 1
     assert_close(torch.cat(parts, 1), whole)

@@ -212,8 +212,11 @@ class InternLMishForCausalLM(InternLMishPreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         output_attentions=None,
+        cache=None,
         **kwargs,
     ):
+        # The name under which generate of transformers 5.24 hands it on: it knows no other, and asks for none.
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, bool(output_attentions))

@@ -172,8 +172,11 @@ class QwenishLMHeadModel(QwenishPreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=False,
         output_attentions=False,
+        cache=None,
         **kwargs,
     ):
+        # The name under which generate of transformers 5.24 hands it on: it knows no other, and asks for none.
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden_states, weights = self.transformer(
