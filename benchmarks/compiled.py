@@ -80,11 +80,11 @@ def on_static_cache(model: Any, ids: Tensor) -> Run:
     own = getattr(model, "_orig_mod", model)
     length = ids.shape[1]
     cache = StaticCache(own.config, max_cache_len=length)
-    own(ids[:, :-1], past_key_values=cache, use_cache=True)
+    own(ids[:, :-1], **{models.CACHE: cache}, use_cache=True)
     counted = [layer.cumulative_length.clone() for layer in cache.layers]
 
     def step() -> Tensor:
-        found: Tensor = model(ids[:, -1:], past_key_values=cache, use_cache=True).last_hidden_state
+        found: Tensor = model(ids[:, -1:], **{models.CACHE: cache}, use_cache=True).last_hidden_state
         for layer, before in zip(cache.layers, counted, strict=True):
             layer.cumulative_length.copy_(before)
         return found

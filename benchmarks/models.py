@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import fields
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -11,8 +12,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 VOCABULARY = 50257
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+"""What transformers calls a KV cache, given and returned: cache since 5.24, past_key_values before."""
 
 
 def gpt2(

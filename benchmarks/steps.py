@@ -81,10 +81,10 @@ def cuts(s: Settings, model: Any, ids: Tensor, group_size: int) -> dict[str, Spe
 def on_cache(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     """A function that runs the last token on a cache of those before it, as often as it is called."""
     cache = DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=cache, use_cache=True)
+    model(ids[:, :-1], **{models.CACHE: cache}, use_cache=True)
 
     def step() -> Tensor:
-        found: Tensor = model(ids[:, -1:], past_key_values=cache, use_cache=True).last_hidden_state
+        found: Tensor = model(ids[:, -1:], **{models.CACHE: cache}, use_cache=True).last_hidden_state
         cache.crop(-1)
         return found
 

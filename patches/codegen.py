@@ -1,6 +1,7 @@
 """CodeGen computes attention in a method of its own, in float32 for any dtype, and divides by sqrt(d_head) after the mask.
 
 Its projection stores four blocks of [q | v | k], each for a quarter of the heads; the anatomy derives that by itself.
+Since transformers 5.24 it goes through the interface, and nothing here applies.
 """
 
 from __future__ import annotations
@@ -28,4 +29,4 @@ CODEGEN = Family(eager, members={"_attn": _attn}, kernels={})
 
 @register_patch("transformers.models.codegen.modeling_codegen.CodeGenAttention")
 def describe(module: nn.Module, family: Family | None) -> Family:
-    return family or CODEGEN  # newer versions go through the interface
+    return family or CODEGEN

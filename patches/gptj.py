@@ -1,4 +1,7 @@
-"""GPT-J computes attention in a method of its own, in float32 for any dtype, and divides by sqrt(d_head) before the mask."""
+"""GPT-J computes attention in a method of its own, in float32 for any dtype, and divides by sqrt(d_head) before the mask.
+
+Since transformers 5.24 it goes through the interface, and nothing here applies.
+"""
 
 from __future__ import annotations
 
@@ -27,4 +30,4 @@ GPTJ = Family(eager, members={"_attn": _attn}, kernels={})
 def describe(module: nn.Module, family: Family | None) -> Family | None:
     if hasattr(module, "_flash_attn_uses_top_left_mask"):
         return None  # the class that runs flash attention
-    return family or GPTJ  # newer versions go through the interface
+    return family or GPTJ

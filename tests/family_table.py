@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import transformers
 from families import FAMILIES
+from packaging.version import Version
 
 from surgery import inspect_model
 from surgery.family import find_family
 from surgery.sites import SITES
+
+OWN = "its eager function"
+SINCE = {"gptj": "5.24", "codegen": "5.24"}
+"""The transformers since when a family has gone through the interface, so that its file in `patches/` no longer applies."""
 
 
 def family_table() -> str:
@@ -23,9 +29,13 @@ def family_table() -> str:
         row = inspect_model(model, strict=True).rows[0]
         found = find_family(model.get_submodule(row.path))
         assert found is not None
-        source = "its eager function" if found.interface is not None and not found.members else "`patches/`"
+        source = OWN if found.interface is not None and not found.members else "`patches/`"
         if not found.eager.__module__.startswith("transformers"):
             source = f"`patches/{found.eager.__module__.rpartition('.')[2]}.py`"
+        if (since := SINCE.get(name)) is not None:
+            patch = f"`patches/{name}.py`"
+            assert source == (patch if Version(transformers.__version__) < Version(since) else OWN), (name, source)
+            source = f"{OWN}; before transformers {since} {patch}"
         fused = row.fusion.replace("|", "\\|")
         cells = (name.replace("_", " "), row.attention, f"{row.heads} / {row.kv_heads}", fused, source)
         lines.append(f"| {' | '.join(cells)} |")

@@ -409,5 +409,5 @@ def test_every_trace_is_made_while_patching(name: str, monkeypatch: pytest.Monke
         model(**given, output_attentions=True)
         if family.kind == "decoder":
             model(given["input_ids"], use_cache=False)
-            cache = model(given["input_ids"])[CACHE]
+            cache = model(given["input_ids"], use_cache=True)[CACHE]
             model(given["input_ids"][:, :2], **{CACHE: cache})

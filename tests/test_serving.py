@@ -19,7 +19,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
+    pipeline,
+)
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.utils import GenerationState
 
@@ -295,6 +303,18 @@ def test_captures_and_attention_that_never_asks_the_cache_are_refused() -> None:
         generate_batch(model, PROMPTS)
     with pytest.raises(CacheError, match="does not go through transformers' attention interface"):
         generate_batch(patch_model(build("gpt_neo"), PAGED["z"]), PROMPTS)
+
+
+def test_an_ordinary_cache_of_the_same_name_is_no_paged_one() -> None:
+    """Both kinds are called `cache` since transformers 5.24; a forward that knows nothing of caches hands it to its kernel."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    model, pixels = ViTModel(ViTConfig(**sizes, image_size=12, patch_size=4)).eval(), torch.randn(2, 3, 12, 12)
+    for cut in (PAGED["z"], Edit("v", "scale", 0.5, positions=[1]), Edit("pattern", "previous", heads=[1])):
+        patch_model(model, cut)
+        with torch.no_grad(), capture(model, ["pattern"]):
+            expected = model(pixels).last_hidden_state
+            assert torch.equal(model(pixels, cache=DynamicCache()).last_hidden_state, expected)
 
 
 def test_what_is_refused_in_the_managers_thread_is_an_error_of_each_request(monkeypatch: pytest.MonkeyPatch) -> None:

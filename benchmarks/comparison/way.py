@@ -46,11 +46,11 @@ class Way:
 
     def logits(self, ids: Tensor, past: Any = None) -> Tensor:
         """(batch, position, vocabulary). past: a cache of what came before, which grows."""
-        return self.model(ids, past_key_values=past, use_cache=past is not None).logits
+        return self.model(ids, **{models.CACHE: past}, use_cache=past is not None).logits
 
     def cache(self, ids: Tensor) -> Any:
         """A cache that holds these tokens."""
-        return self.model(ids, use_cache=True).past_key_values
+        return self.model(ids, use_cache=True)[models.CACHE]
 
     def generate(self, ids: Tensor, steps: int) -> Tensor:
         """Greedy, with a cache: prompt and `steps` tokens more."""

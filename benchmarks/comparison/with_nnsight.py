@@ -63,7 +63,7 @@ class Nnsight(Way):
                     module.input[..., index] = 0
 
     def logits(self, ids: Tensor, past: Any = None) -> Tensor:
-        with self.traced.trace(ids, past_key_values=past, use_cache=past is not None):
+        with self.traced.trace(ids, **{models.CACHE: past}, use_cache=past is not None):
             self._intervene()
             found = self.traced.lm_head.output.save()
         return found
@@ -72,7 +72,7 @@ class Nnsight(Way):
         with self.traced.trace(ids, use_cache=True):
             self._intervene()
             found = self.traced.output.save()
-        return found.past_key_values
+        return found[models.CACHE]
 
     def generate(self, ids: Tensor, steps: int) -> Tensor:
         mask, options = torch.ones_like(ids), models.greedy(steps)

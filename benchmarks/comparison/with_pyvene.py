@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from benchmarks import models
 from benchmarks.comparison.task import Task
 from benchmarks.comparison.way import NotOffered, Way
 
@@ -56,15 +57,13 @@ class Pyvene(Way):
     def logits(self, ids: Tensor, past: Any = None) -> Tensor:
         if self.present is None:
             return super().logits(ids, past)
-        more = {} if past is None else {"past_key_values": past, "use_cache": True}
+        more = {} if past is None else {models.CACHE: past, "use_cache": True}
         return self._intervened({"input_ids": ids, **more}).logits
 
     def cache(self, ids: Tensor) -> Any:
-        return (
-            super().cache(ids)
-            if self.present is None
-            else self._intervened({"input_ids": ids, "use_cache": True}).past_key_values
-        )
+        if self.present is None:
+            return super().cache(ids)
+        return self._intervened({"input_ids": ids, "use_cache": True})[models.CACHE]
 
     def _intervened(self, inputs: dict[str, Any]) -> Any:
         """The model's output, under the cuts."""
