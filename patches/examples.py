@@ -143,6 +143,27 @@ def positions(module: Any, states: Tensor) -> dict[str, Any]:
     return {"position_ids": torch.arange(states.shape[1], device=states.device)[None]}
 
 
+@register_example(*_models("inkling2_loop.Inkling2LoopSlidingAttention", "inkling2_loop.Inkling2LoopFullAttention"))
+def positions_and_distances(module: Any, states: Tensor) -> dict[str, Any]:
+    places = torch.arange(states.shape[1], device=states.device)
+    return {
+        "key_hidden_states": states,
+        "value_hidden_states": states,
+        "position_ids": places[None],
+        "relative_distance": places[:, None] - places,
+    }
+
+
+@register_example(
+    *_models("inkling2_loop.Inkling2LoopBlockAttentionResidual", "inkling2_loop.Inkling2LoopMessageAttentionResidual"),
+)
+def sums_of_layers(module: Any, states: Tensor) -> dict[str, Any]:
+    """Each position looks back at what blocks of layers gave there: no heads, and seen to be none."""
+    shape = (*states.shape[:-1], module.query.shape[-1])
+    blocks = states.new_ones(*shape[:-1], 5, shape[-1])
+    return {"block_states": blocks, "partial_block_states": states.new_ones(shape), "loop_layer_idx": 0}
+
+
 @register_example(*_models("llama4.Llama4VisionAttention"))
 def complex_angles(module: Any, states: Tensor) -> dict[str, Any]:
     return {"freqs_ci": torch.ones(states.shape[1], module.head_dim // 2, dtype=torch.complex64, device=states.device)}

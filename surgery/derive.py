@@ -39,14 +39,14 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
         m for m in inline if not (isinstance(m, PreTrainedModel) and any(part in parts for part in list(m.modules())[1:]))
     ]
     attentions, unsupported, others = [], [], []
-    for module, (addresses, kind, layer) in find_addresses(
-        {m: p for m, p in paths.items() if m in families or m in inline}
-    ).items():
+    found = {m: p for m, p in paths.items() if m in families or m in inline}
+    for module, (addresses, kind, layer) in find_addresses(found).items():
         try:
             family = families.get(module)
             attentions.append(_examine(model, module, tuple(paths[module]), family, addresses, kind, layer))
         except NotAttention as error:
             others.append(str(error))
+            del found[module]
         except UnsupportedArchitectureError as error:
             unsupported.append(str(error))
     if unsupported and strict:
@@ -65,6 +65,11 @@ def find_anatomy(model: nn.Module, strict: bool = True) -> Anatomy:
                 type(model).__name__, "no attention module", "at least one", "Pass a transformers model with softmax attention."
             )
         )
+    if others:  # what is no attention has no number among those that are
+        numbered = find_addresses(found)
+        for attention in attentions:
+            attention.addresses, _, attention.layer = numbered[attention.module]
+            attention.address = attention.addresses[0]
     base = getattr(type(model), "_surgery_base", type(model))
     return Anatomy(tuple(attentions), tuple(unsupported), base.__name__, tuple(others))
 

@@ -27,7 +27,7 @@ from surgery.witness import Witness
 
 
 def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
-    """Runs a module's forward on stubs. Whatever the forward raises comes through.
+    """Runs a module's forward on stubs. Whatever the forward raises comes through; Defeat if its heads are none.
 
     A forward that takes the positions that it is given for something else (one more axis of the batch) comes to its core
     with a batch of them and one position each: such a run counts only where no other form gives another.
@@ -45,6 +45,10 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
         if not recording.calls:
             raise RuntimeError("the forward did not reach the core")
         _note_output(recording, output)
+        if not recording.projections and _heads_are_positions(module, family, is_cross, recording):
+            raise Defeat(
+                "positions on the axis of heads, each of which looks at something else than the sequence", is_other=True
+            )
         batch, _, positions, _ = recording.shapes["q"]
         if positions > 1 or batch <= form.batch:
             return recording
@@ -52,6 +56,15 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
     if found is None:
         raise _furthest(failures)
     return found
+
+
+def _heads_are_positions(module: nn.Module, family: Family, is_cross: bool, first: Recording) -> bool:
+    """Whether there are more heads in a longer sequence."""
+    assert first.form is not None
+    longer = replace(first.form, queries=first.form.queries + 1)
+    second = Recording(family, form=longer)
+    run_on_stubs(module, "", second, family, arguments_for(module, family, is_cross, longer))
+    return second.shapes["q"][1] != first.shapes["q"][1]
 
 
 def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tuple[Recording, list[Witness]]:

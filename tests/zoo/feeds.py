@@ -63,6 +63,10 @@ def _padding_mask(model: Any, made: Made, generator: torch.Generator) -> Made:
     return {**made, "padding_mask": mask, "sample": False}  # the mean, not a draw
 
 
+def _all_of_each_wave(model: Any, made: Made, generator: torch.Generator) -> Made:
+    return {**made, "padding_mask": torch.ones(BATCH, made["input_values"].shape[-1], dtype=torch.long)}
+
+
 def _waves_only(model: Any, made: Made, generator: torch.Generator) -> Made:
     made.pop("input_features", None)
     return {**made, "input_values": normal(generator, BATCH, 960)}
@@ -208,6 +212,7 @@ FEEDS: dict[str, Feed] = {
     "univnet": _noise,
     "gemma4_assistant": _shared_keys,
     "gemma4_unified_assistant": _shared_keys,
+    "apertus1p5": _all_of_each_wave,
     "autoformer": _past_and_future,
     "blip_2_qformer": _queries,
     "csm": _without("input_values"),

@@ -62,6 +62,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         name: {"window_size": 32, "fullatt_block_indexes": [1]}
         for name in ("qwen2_5_vl_vision", "exaone4_5_vision", "qwen2_5_omni_vision_encoder")
     },
+    "apertus1p5": {
+        "image_token_offset": 50,
+        "audio_token_offset": 66,
+        "vision_config": {"codebook_size": 16},
+        "audio_config": {"codebook_size": 16},
+    },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "align": {"projection_dim": 64},
     **{name: {"vision_config": Part("gemma4_vision")} for name in ("gemma4", "embedding_gemma2")},
@@ -178,6 +184,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "ernie4_5_vl_moe_text": {"rope_parameters": _mrope(1, 1, 2)},
     "glm5_next_text": {"num_key_value_heads": 4, "index_topk": 2, "index_kpool": 2},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
+    "hy_v4_vl_text": {"rope_parameters": _mrope(1, 1, 0)},
+    "inkling2_loop_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+    },
     "step3p5": {"sliding_window": 5},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "blt": {"num_hidden_layers": 2, "encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},

@@ -17,7 +17,7 @@ _SEVERAL = {
 }  # fmt: skip
 # Two tiles and the whole, and the size of the whole.
 _TILES = {"llava_next", "llava_next_video", "llava_onevision", "granite4_vision"}
-_SIZED = {"mistral3", "mistral4", "mistral_large4", "lighton_ocr", "emu3", "pixtral"}
+_SIZED = {"apertus1p5", "mistral3", "mistral4", "mistral_large4", "lighton_ocr", "emu3", "pixtral"}
 _FLAT = {"fuyu"}
 _SQUARE = {"kimi_k25", "kimi_k25_vision", "paddleocr_vl"}
 _PAIRS = {"lightglue", "superglue", "efficientloftr"}
@@ -44,7 +44,7 @@ def _grids(made: dict[str, Any], config: Any, model_type: str, names: dict[str, 
     size = patch(config)
     if model_type in _SQUARE:
         made[target] = normal(generator, BATCH * GRID * GRID, channels(config), size, size)
-    if model_type in {"inkling2", "inkling2_vision"}:  # as many blocks of patches as tokens
+    if model_type in {"inkling2", "inkling2_vision", "inkling2_loop"}:  # as many blocks of patches as tokens
         made[grid] = torch.tensor([[1, 2, 2]] * BATCH)
         made[target] = normal(generator, BATCH * 4, 2 * size, 2 * size, channels(config))
     for merge in ("image_merge_sizes", "merge_sizes"):

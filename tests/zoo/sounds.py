@@ -23,7 +23,7 @@ _WAVES_WITH_CHANNEL = {
     "dac", "encodec", "mimi", "mimi_encoder", "xcodec", "xcodec2", "neucodec", "higgs_audio_v2_tokenizer", "pe_audio",
     "pe_audio_encoder", "pe_audio_video", "pe_audio_video_encoder", "pocket_tts_audio_tokenizer", "moshi",
     "pocket_tts_audio_tokenizer_encoder", "vibevoice_acoustic_tokenizer", "vibevoice",
-    "vibevoice_asr",
+    "vibevoice_asr", "omniasr", "omniasr_audio", "omniasr_ctc", "wavtokenizer", "wavtokenizer_encoder", "apertus1p5",
 }  # fmt: skip
 # Where the width is a product of several fields.
 _FIXED_BINS = {
