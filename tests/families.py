@@ -66,8 +66,9 @@ class TinyFamily:
 
     @property
     def sdpa(self) -> bool:
-        """Whether the installed transformers runs it on sdpa."""
-        return getattr(transformers, self.architecture)._supports_sdpa
+        """Whether the installed transformers runs it on sdpa, with all that it computes."""
+        # Older versions offer it for Gemma 2, and leave its soft cap out there.
+        return getattr(transformers, self.architecture)._supports_sdpa and self.name != "gemma2"
 
     @property
     def is_causal_lm(self) -> bool:

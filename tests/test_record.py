@@ -248,6 +248,32 @@ def test_one_more_axis_of_the_batch_is_seen_as_such() -> None:
     assert changed.tolist() == [False, True, False]
 
 
+class LooksBack(nn.Module):
+    """Each position looks at what two layers gave there, and stands where an attention has heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig(attn_implementation="eager")
+        self.query = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        given = torch.stack([hidden_states, hidden_states.tanh()], dim=-2)
+        query = (self.query * torch.ones_like(hidden_states)).unsqueeze(-2)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        return attend(self, query, given, given, None)[0].transpose(1, 2).squeeze(-2)
+
+
+def test_positions_are_no_heads() -> None:
+    """Nor does what has no heads take a number among the attentions."""
+    layers = [nn.ModuleDict({"back": LooksBack(), "attention": model_of()["attention"]}) for _ in range(2)]
+    model, x = nn.ModuleList(layers), torch.randn(2, 5, D_MODEL)
+    anatomy = find_anatomy(model)
+    assert [(a.address, a.path) for a in anatomy] == [("self.0", "0.attention"), ("self.1", "1.attention")]
+    assert len(anatomy.others) == 2 and "positions on the axis of heads" in anatomy.others[0]
+    before, after = (layer["back"](x) for layer in (layers[0], patch_model(model, kernel="eager")[0]))
+    assert torch.equal(before, after) and type(layers[0]["back"]) is LooksBack
+
+
 def test_labels_follow_axes_that_are_changed_in_place() -> None:
     """Of the tensor itself, and of no other that has the same labels."""
     one = Labelled.make(torch.ones(2, 3), torch.arange(6).view(2, 3))
