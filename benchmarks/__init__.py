@@ -1,1 +1,1 @@
-"""Measurements behind the numbers in README: each script writes JSON to results/, `table` turns it into README's tables."""
+"""Measurements behind the numbers in README and here: scripts write JSON to results/, `table` turns it into tables."""

@@ -33,11 +33,11 @@ def rows(s: Settings) -> Iterator[Row]:
     twin = models.twin(plain)
     ids = models.tokens(s.batch, s.caches[0] + 1, s.device, s.seed)
     shapes: dict[str, Callable[[Any], Run]] = {
-        f"forward, {s.shape}": lambda model: forward(model, ids[:, :-1]),
+        f"a forward, {s.shape}": lambda model: forward(model, ids[:, :-1]),
         f"one token on a static cache of {s.caches[0]:,}, batch 1": lambda model: on_static_cache(model, ids[:1]),
     }
     for name, make in shapes.items():
-        group = f"{name}, GPT-2 small's shape, {layers} layers, both compiled with fullgraph=True, over unpatched sdpa"
+        group = f"time of {name}, GPT-2 small's shape, {layers} layers, both by torch.compile, over unpatched sdpa"
         counted: list[tuple[int, int]] = []
         for what, state, target in states(s, twin, *(steps.NO_CUTS, steps.CUT) if "static" in name else (1.02, 1.05)):
             torch._dynamo.reset()  # one code object has room for a few graphs only
@@ -46,9 +46,9 @@ def rows(s: Settings) -> Iterator[Row]:
                 run, found = compiled(make, twin)
                 check(what, run(), make(twin)(), over(), changes="scaled" in what)
                 counted.append((graphs, found))
-                yield s.time(group, what, over, run, target, ROUNDS)
+                yield (timed := s.time(group, what, over, run, target, ROUNDS))
         most = max(found / graphs for graphs, found in counted)
-        yield row(group, "graphs", {"value": most, "low": most, "high": most, "graphs": counted}, 1.0)
+        yield row(timed["group"], "graphs", {"value": most, "low": most, "high": most, "graphs": counted}, 1.0)
     torch._dynamo.reset()
 
 

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("place", nargs="?", choices=list(PLACES))
     parser.add_argument("case", nargs="?", choices=list(CASES))
     parser.add_argument("--quick", action="store_true", help="a small model, once, to see that it runs")
-    parser.add_argument("--json", type=Path, help="where to write the results (results/export-cpu.json is README's)")
+    parser.add_argument("--json", type=Path, help="where to write the results (results/export-cpu.json are those shown)")
     parser.add_argument("--settings", type=json.loads, default={}, help="sizes, as JSON")
     given = parser.parse_args()
     settings = Settings(**(asdict(QUICK if given.quick else Settings()) | given.settings))

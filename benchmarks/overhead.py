@@ -25,7 +25,7 @@ from surgery import Edit, Freeze, Spec, capture, collect_reference, patched
 def forward(s: Settings) -> Iterator[Row]:
     """Forward passes over unpatched sdpa."""
     plain, twin, ids = s.build()
-    group = f"forward of GPT-2 small, {s.shape}, over unpatched sdpa"
+    group = f"time of a forward of GPT-2 small, {s.shape}, over unpatched sdpa"
     expected = states(plain, ids)
 
     def time(what: str, target: float | None, run: Callable[[], Any] = lambda: twin(ids)) -> Row:
@@ -71,14 +71,14 @@ def eager(s: Settings) -> Iterator[Row]:
     plain, twin, ids = s.build(implementation="eager")
     with patched(twin, kernel="eager"):
         agree('kernel="eager"', states(twin, ids), states(plain, ids))
-        group = f"forward of GPT-2 small, {s.shape}, over unpatched eager"
+        group = f"time of a forward of GPT-2 small, {s.shape}, over unpatched eager"
         yield s.time(group, 'patched, no cuts, kernel="eager"', lambda: plain(ids), lambda: twin(ids), 1.03)
 
 
 def grouped(s: Settings) -> Iterator[Row]:
     """Forward passes of a Llama shape, whose heads share keys and values; for information."""
     plain, twin, ids = s.build(models.llama, kv_heads=s.kv_heads)
-    group = f"forward of a Llama shape, {s.heads} heads on {s.kv_heads}, {s.shape}, over unpatched sdpa"
+    group = f"time of a forward of a Llama shape, {s.heads} heads on {s.kv_heads}, {s.shape}, over unpatched sdpa"
     expected = states(plain, ids)
 
     def time(what: str) -> Row:

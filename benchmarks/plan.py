@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import made_by
 from surgery.unfused import BLOCK_ENTRIES
 
 GPU_FLOPS, GPUS, SHARE = 989e12, 8, 0.4
@@ -70,7 +71,7 @@ class Constants:
         def read(name: str) -> dict[str, Any]:
             path = results / f"{name}-cpu.json"
             if not path.exists():
-                raise FileNotFoundError(f"the plan of a large model needs {path}: {_again(name)}")
+                raise FileNotFoundError(f"the plan of a large model needs {path}: {made_by(name)}")
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return found
 
@@ -81,11 +82,14 @@ class Constants:
         def only(name: str, words: str, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
             found = [row for row in rows(name) if fits(row)]
             if len(found) != 1:
-                raise ValueError(f"{results / name}-cpu.json has {len(found)} rows of {words}, not one; {_again(name)}")
+                raise ValueError(f"{results / name}-cpu.json has {len(found)} rows of {words}, not one; {made_by(name)}")
             return found[0]
 
         def of_attention(what: str) -> dict[str, Any]:
-            return only("overhead", what, lambda row: "attention module alone" in row["group"] and row["what"] == what)
+            def fits(row: dict[str, Any]) -> bool:
+                return row["part"] == "memory" and "attention module alone" in row["group"] and row["what"] == what
+
+            return only("overhead", what, fits)
 
         cut, captured = of_attention("scores of one head scaled"), of_attention("pattern of one head captured")
         layers = read("sweep")["settings"]["layers"]
@@ -101,13 +105,6 @@ class Constants:
             swept["value"] / part_of_layers(layers),
             scored["cpu_value"],
         )
-
-
-def _again(name: str) -> str:
-    """What makes the results."""
-    if name.startswith("compare"):
-        return "run python -m benchmarks --out benchmarks/results"
-    return f"run python -m benchmarks.{name} --json benchmarks/results/{name}-cpu.json"
 
 
 def part_of_layers(layers: int) -> float:

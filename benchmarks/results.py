@@ -31,9 +31,9 @@ def row(group: str, what: str, numbers: dict[str, Any], target: float | None = N
 
 
 def by_cpu(what: str, numbers: dict[str, Any], device: str) -> tuple[str, dict[str, Any]]:
-    """Of runs of minutes on a CPU, the ratio of CPU times in place of that by the clock on the wall, which is kept beside it.
+    """On a CPU, the ratio of CPU times in place of that by the clock on the wall, which is kept beside it (`wall_value`).
 
-    What else runs on a machine for minutes is no noise that medians of a few rounds take away.
+    What else runs on a machine for minutes is no noise that medians of a few rounds take away. what: "time ..".
     """
     if not device.startswith("cpu"):
         return what, numbers
@@ -86,3 +86,10 @@ def report(benchmark: str, settings: Any, rows: list[Row], path: Path | None) ->
     print(machine.sentence(about))
     if path is not None:
         save(path, {"benchmark": benchmark, "machine": about, "settings": asdict(settings), "rows": rows})
+
+
+def made_by(name: str) -> str:
+    """The command that makes results of this name, in words."""
+    if name.startswith("compare"):
+        return "run python -m benchmarks --out benchmarks/results"
+    return f"run python -m benchmarks.{name} --json benchmarks/results/{name}-cpu.json"

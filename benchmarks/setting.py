@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import arguments, models
-from benchmarks.results import Row, row
+from benchmarks.results import Row, by_cpu, row
 from benchmarks.timing import interleave
 from surgery import Spec, patched
 
@@ -64,9 +64,13 @@ class Settings(arguments.Common):
         target: float | None = None,
         times: int = 1,
     ) -> Row:
-        """Times `run` over `over`. The targets are stated for the CPU; elsewhere they are left out. times: as many rounds."""
+        """Times `run` over `over`; on a CPU by CPU time. group: "time of ..". times: as many rounds.
+
+        The targets are stated for the CPU; elsewhere they are left out.
+        """
         pairs = interleave(over, run, rounds=times * self.rounds, seed=self.seed, device=self.device)
-        return row(group, what, pairs.to_dict(), target if self.device == "cpu" else None)
+        group, numbers = by_cpu(group, pairs.to_dict(), self.device)
+        return row(group, what, numbers, target if self.device == "cpu" else None)
 
 
 QUICK = Settings(rounds=3, batch=1, length=32, steps=4, memory_length=512, patch_layers=(6, 12), patch_rounds=1)

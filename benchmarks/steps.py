@@ -31,7 +31,7 @@ def one_token(s: Settings) -> Iterator[Row]:
         plain, twin, _ = s.build(make, **options)
         group_size = s.heads // options.get("kv_heads", s.heads)
         for length in s.caches:
-            group = f"forward of one token on a cache of {length:,}, {name}, batch 1, over unpatched sdpa"
+            group = f"time of a forward of one token on a cache of {length:,}, {name}, batch 1, over unpatched sdpa"
             ids = models.tokens(1, length + 1, s.device, s.seed)
             expected = on_cache(plain, ids)()
 
@@ -53,7 +53,7 @@ def decoding(s: Settings) -> Iterator[Row]:
         found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **models.greedy(s.steps))
         return found
 
-    group = f"decoding {s.steps} tokens with a cache, GPT-2 small, batch 1, over unpatched sdpa"
+    group = f"time of decoding {s.steps} tokens with a cache, GPT-2 small, batch 1, over unpatched sdpa"
     with patched(twin):
         agree("decoding", generate(twin), generate(plain))
         yield s.time(group, "patched, no cuts", lambda: generate(plain), lambda: generate(twin), NO_CUTS)

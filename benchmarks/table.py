@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import plan
 from benchmarks.comparison import grid as comparison
 from benchmarks.machine import sentence
-from benchmarks.results import FOLDER, ROOT, shown
+from benchmarks.results import FOLDER, ROOT, made_by, shown
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 _PLAN = re.compile(r"(<!-- plan -->\n).*?(<!-- /plan -->)", re.DOTALL)
@@ -35,7 +35,7 @@ def fill(text: str, folder: Path = FOLDER) -> str:
         )
     for name in places:
         if not _files(folder, name):
-            raise ValueError(f"no {name}-*.json in {folder}; run python -m benchmarks.{name} --json ... first")
+            raise ValueError(f"no {name}-*.json in {folder}; {made_by(name)} first")
     text = _PLACE.sub(lambda match: f"{match[1]}{tables(match[2], folder)}{match[3]}", text)
     return _PLAN.sub(lambda match: f"{match[1]}{chr(10).join(plan.lines(folder))}\n{match[2]}", text)
 

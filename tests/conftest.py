@@ -1,11 +1,15 @@
 """One thread for each test process: the models are tiny, and several processes share the cores."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+LONG = ("divided", "parallel", "comparison", "program", "long_runs", "compiled", "serving", "benchmarks", "export")
+"""Files of few tests that take long: they start processes, compile, or go round many times."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,3 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # By default a file's tests stay in one process; hundreds of types in one file need all of them.
     if config.getoption("--zoo") != "quick" and getattr(config.option, "dist", "no") == "loadfile":
         config.option.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Processes take files in this order (--no-loadscope-reorder): what comes last, when others have no work left, is short.
+    first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    tests = Counter(item.path.name for item in items)
+    items.sort(key=lambda item: (first.get(item.path.name, len(first)), -tests[item.path.name]))

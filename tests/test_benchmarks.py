@@ -333,7 +333,7 @@ def test_check_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("no places", "0 of 0 places"),
         ("<!-- benchmark:toy -->\nnever closed", "0 of 1 places"),
-        (PAGE.replace("toy", "other"), r"no other-\*\.json in .*; run python -m benchmarks\.other"),
+        (PAGE.replace("toy", "other"), r"no other-\*\.json in .*; run python -m benchmarks\.other --json"),
     ],
 )
 def test_a_page_that_cannot_be_filled(tmp_path: Path, text: str, message: str) -> None:

@@ -460,7 +460,8 @@ def test_the_plan_is_made_of_measured_constants(tmp_path: Path) -> None:
         {"group": group, "what": "scores of one head scaled", "value": 0.25, "matrix_bytes": 2 * 4 * BLOCK_ENTRIES["cpu"]},
         {"group": group, "what": "pattern of one head captured", "value": 1.5},
     ]
-    results.save(tmp_path / "overhead-cpu.json", {"rows": memory})
+    shorter = [{**row, "part": "unfused", "value": 9.0} for row in memory]  # at another length, under the same names
+    results.save(tmp_path / "overhead-cpu.json", {"rows": [*({"part": "memory", **row} for row in memory), *shorter]})
     swept = [{"what": "CPU time over that of the plain loop, logits of one position", "value": 0.75}]
     results.save(tmp_path / "sweep-cpu.json", {"rows": swept, "settings": {"layers": 2}})
     scored = [{"work": "importance", "way": Auto.name, "cpu_value": 2.5}, {"work": "importance", "way": Hooked.name}]

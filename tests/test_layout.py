@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import surgery
@@ -300,3 +301,7 @@ def too_long(modules: Sources) -> list[str]:
 def test_files_are_short() -> None:
     assert too_long(OURS) == []
     assert too_long({"a": "\n" * (MOST_LINES + 1)}) == [f"a: {MOST_LINES + 1} lines"]
+
+
+def test_files_that_are_begun_first_exist() -> None:
+    assert [name for name in LONG if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
