@@ -20,7 +20,7 @@ from surgery.paged import is_paged, key_offset, obstacle, query_offset, read_pag
 from surgery.plan import Plan, Probe, Session, model_call
 from surgery.reconstruction import Reconstruction
 from surgery.rewrite import Rewriter
-from surgery.samples import plain, sample_arguments
+from surgery.samples import blank_arguments, plain
 from surgery.shares import Share
 from surgery.sites import CORE_SITES, MATRIX_SITES, SITES
 from surgery.source import method_names
@@ -99,7 +99,7 @@ class Surgery:
         self.rewriter = Rewriter(self.family.eager, module)
         for masked in (False, True):
             # Made now, so that torch.compile never meets the tracer.
-            arguments = sample_arguments(self.rewriter, *self.sample, masked=masked)
+            arguments = blank_arguments(self.rewriter, self.sample[1], masked)
             for graph in (self.rewriter.graph(arguments, groups) for groups in {1, self.core_groups}):
                 for site in MATRIX_SITES:
                     graph.until(site)
@@ -132,7 +132,7 @@ class Surgery:
         """The rewritten eager attention of this module, for a call with a mask; the whole forward where it is inline."""
         if self.family.inline is not None:
             return self.family.inline
-        return self.rewriter.graph(sample_arguments(self.rewriter, *self.sample, masked=True), self.core_groups)
+        return self.rewriter.graph(blank_arguments(self.rewriter, self.sample[1], masked=True), self.core_groups)
 
     # -- one forward ----------------------------------------------------------------------------------------------------
 
