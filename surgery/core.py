@@ -147,7 +147,7 @@ class Surgery:
             is_filled = self.is_cross and cache is not None and is_updated(cache, layer)
             now.awaited = self.expected - {"k"} if is_filled else self.expected
             now.where = Where(is_cross=self.is_cross)
-            now.is_paged = any(is_paged(value) for value in (*kwargs.values(), *args))
+            now.is_paged = cache is None and any(is_paged(value) for value in (*kwargs.values(), *args))
             if now.is_paged:
                 self.check_paged()
             # Points in an inline attention's own code, and cuts by position, count queries.
