@@ -25,7 +25,7 @@ from benchmarks.comparison.worker import WAYS
 
 QUICK = Settings(rounds=2, heavy=1, layers=3, heads=6, kv_heads=2, length=32, steps=8)
 LENGTHS = {"cpu": (128, 1024, 4096), "cuda": (128, 1024, 4096, 16384)}
-ON_A_CPU = {1024: {"layers": 2, "rounds": 5}, 4096: {"layers": 2, "rounds": 3}}
+ON_A_CPU = {1024: {"layers": 2, "rounds": 5}, 4096: {"layers": 1, "rounds": 3}}
 """Longer sequences in fewer layers, which cost alike: a forward of twelve takes ten seconds."""
 
 
@@ -47,10 +47,11 @@ def main() -> None:
             is_short = given.quick or base.device != "cpu"
             settings = replace(base, family=family, length=length, **({} if is_short else ON_A_CPU.get(length, {})))
             with console.status(f"{settings.name}: starts") as status:
-                made = partial(environments.python_of, folder=given.environments, say=status.update)
+                say = status.update if console.is_terminal else console.print
+                made = partial(environments.python_of, folder=given.environments, say=say)
                 python_of = environments.here if given.here else made
                 try:
-                    found = compare(settings, [keys[key] for key in given.ways], python_of, status.update)
+                    found = compare(settings, [keys[key] for key in given.ways], python_of, say)
                 except RuntimeError as error:
                     sys.exit(
                         f"{error}\n{settings.name}: the process of this library itself fails, as said above; nothing is written"

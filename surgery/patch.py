@@ -27,7 +27,7 @@ from surgery.family import find_family
 from surgery.lower import lower, on_meta
 from surgery.plan import Plan, Probe, Session
 from surgery.running import batching_problems, forget_pages
-from surgery.shares import share_of, split_problems
+from surgery.shares import require_same, share_of, split_problems
 from surgery.spec import Freeze, Spec
 from surgery.swap import foreign_classes, obstacles, patched_modules, restore, restore_all, swap, sweep, tap_problems
 from surgery.taps import runs_on
@@ -210,6 +210,9 @@ def _others(model: nn.Module) -> list[str]:
     session = session_of(model)
     owner = None if session is None else session.owner
     name = next((thread.name for thread in threading.enumerate() if thread.ident == owner), None)
+    if session is not None and (cut := session.acting_cut()) is not None:
+        what, do = f"change of cuts within cut {cut.number} at {cut.address} {cut.site}", "Change cuts between forwards."
+        return [describe(what, "a callable that changes the cuts of the model which it cuts", "one that computes", do)]
     if owner in (None, threading.get_ident()) or name is None:  # a thread that is just starting has no number, either
         return batching_problems(model)
     found = f"a block (patched, capture) that the thread {name!r} has open on this model"
@@ -238,6 +241,10 @@ def _apply(
     anatomy = _proved(anatomy_of(model, strict), strict)
     if anatomy.unsupported and not strict and session_of(model) is None:
         warnings.warn(listing("patch_model leaves as they are", anatomy.unsupported), UserWarning, stacklevel=3)
+    shares = {attention.address: share_of(model, attention) for attention in anatomy}
+    if session is None:  # before anything is refused that other processes may not refuse
+        watched = {address: [(probe.site, probe.heads) for probe in some] for address, some in probes.items() if some}
+        require_same(shares.values(), f"{spec!r}, kernel={kernel!r}" + (f", captures {watched}" if watched else ""))
     plans = lower(
         spec,
         anatomy,
@@ -252,7 +259,6 @@ def _apply(
     problems = foreign_classes(model) + (_others(model) if session is None else [])
     problems += [p for attention in anatomy for p in obstacles(attention.module, attention.path)]
     problems += [p for attention in anatomy for p in tap_problems(model, attention, plans[attention.address])]
-    shares = {attention.address: share_of(model, attention) for attention in anatomy}
     for attention in anatomy:
         if (share := shares[attention.address]) is not None:
             problems += split_problems(attention, share, plans[attention.address])

@@ -114,8 +114,16 @@ class Session:
         may go through some of its layers several times. Raises SurgeryError within a callable edit of this model.
         """
         now = self.now
-        if now.is_inside or address in now.forward:
-            self._check_nesting(address)
+        if (now.is_inside or address in now.forward) and (cut := self.acting_cut()) is not None:
+            # It would take the place of what the outer forward knows: positions, and which points it has come to.
+            raise SurgeryError(
+                describe(
+                    f"cut {cut.number} at {cut.address} {cut.site}",
+                    f"a callable that runs the model which it cuts (its forward came to {address})",
+                    "one that computes from the tensor it is given: the inner forward would be cut, too",
+                    "Run the model before and let the callable use what you keep of it, or run copy.deepcopy(model).",
+                )
+            )
         if now.is_inside:
             now.forward.clear()  # an exception ended the forward before: it says nothing of the modules that it left out
         self.runs[address] = self.runs.get(address, 0) + 1
@@ -135,23 +143,17 @@ class Session:
         now.last = address
         now.is_inside = self.is_cut_off = True
 
-    def _check_nesting(self, address: str) -> None:
-        """Raises SurgeryError for a forward within a cut of this model: it would take the place of the outer one's state."""
+    def acting_cut(self) -> Operation | None:
+        """The cut of this model within which this is called, by a callable; None if there is none."""
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
-            caller = frame.f_back
-            if frame.f_code is Operation.apply.__code__ and caller is not None:
-                cut: Operation = frame.f_locals["self"]
-                if getattr(caller.f_locals.get("self"), "session", None) is self:
-                    raise SurgeryError(
-                        describe(
-                            f"cut {cut.number} at {cut.address} {cut.site}",
-                            f"a callable that runs the model which it cuts (its forward came to {address})",
-                            "one that computes from the tensor it is given: the inner forward would be cut, too",
-                            "Run the model before and let the callable use what you keep of it, or run copy.deepcopy(model).",
-                        )
-                    )
-            frame = caller
+            inner, frame = frame, frame.f_back
+            if frame is None or inner.f_code is not Operation.apply.__code__:
+                continue
+            if getattr(frame.f_locals.get("self"), "session", None) is self:
+                cut: Operation = inner.f_locals["self"]
+                return cut
+        return None
 
     def leave(self) -> None:
         """Ends what `enter` began."""

@@ -68,7 +68,9 @@ def self_test(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list
             problems.append(describe(what, found, "a change" if should else "equality", do))
     if problems:
         raise ParityError(listing("self_test", problems))
-    return [f"without cuts: {len(original)} outputs equal bit for bit", f"with cuts: {len(seen)} edits ran and acted"]
+    split = any(m._surgery.share is not None for m in model.modules() if isinstance(m, SurgicalAttention))
+    edits = f"{len(seen)} edits{' of heads in this process' if split else ''}"
+    return [f"without cuts: {len(original)} outputs equal bit for bit", f"with cuts: {edits} ran and acted"]
 
 
 def dummy_inputs(model: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy import Attention, Projection
-from surgery.errors import UnsupportedArchitectureError, describe
+from surgery.errors import PatchError, UnsupportedArchitectureError, describe
 from surgery.interventions import Operation
 from surgery.plan import Plan, Probe
 from surgery.reference import Entry
@@ -212,6 +212,21 @@ def require_whole(model: nn.Module, attentions: Iterable[Attention], what: str, 
     if split := [attention.address for attention in attentions if share_of(model, attention) is not None]:
         found = f"{', '.join(split[:4])}, whose heads are split over processes"
         raise UnsupportedArchitectureError(describe(what, found, "heads that are all in one process", do))
+
+
+def require_same(shares: Iterable[Share | None], what: str) -> None:
+    """Raises PatchError, in all processes that hold shares, unless each was given the same: what it does is its own part of it.
+
+    what: cuts and captures in words. A process that makes no call at all keeps the others waiting.
+    """
+    if (share := next((share for share in shares if share is not None), None)) is None:
+        return
+    given = [""] * share.count
+    torch.distributed.all_gather_object(given, what, group=share.group)
+    if len(set(given)) > 1:
+        found = "; ".join(f"process {number}: {words}" for number, words in enumerate(given))
+        do = "Number heads as in the whole model, and make the same calls in every process."
+        raise PatchError(describe("patch_model, of heads that are split over processes", found, "the same in all", do))
 
 
 def split_problems(attention: Attention, share: Share, plan: Plan) -> list[str]:

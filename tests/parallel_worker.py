@@ -157,12 +157,26 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         found[f"{what} of layer 1"] = gap(own, expected_weight)
     effects = [ablation_study(model, IDS, progress=False).frame for model in (split, whole)]
     found["ablation study"] = gap(*(torch.from_numpy(frame["effect"].to_numpy()) for frame in effects))
+    for what, call in {"other cuts": other_cuts, "other captures": other_captures}.items():
+        try:
+            call(split)
+        except PatchError as error:
+            found[what] = str(error)
     found["print"] = str(patch_model(split, Freeze("ov", [0], [2])))
     unpatch_model(split)
     if name in ("llama", "three"):
         found |= {"studies": studied(whole, split, folder)}
     found["undone"] = classes == [type(module) for module in split.modules()]
     return found
+
+
+def other_cuts(split: Any) -> None:
+    patch_model(split, Freeze("ov", [1], [dist.get_rank()]))
+
+
+def other_captures(split: Any) -> None:
+    with capture(split, ["z", "q"][: 1 + dist.get_rank()]):
+        pass
 
 
 def studied(whole: Any, split: Any, folder: Path) -> dict[str, Any]:

@@ -784,6 +784,19 @@ def test_a_callable_that_runs_its_own_model_is_refused(name: str, site: str, lay
     assert torch.equal(logits(model, given), expected)
 
 
+def test_a_callable_that_changes_the_cuts_is_refused(llama: Any) -> None:
+    def edit(tensor: Tensor) -> Tensor:
+        patch_model(llama, Freeze("qk"))
+        return tensor
+
+    with (
+        patched(llama, Edit("z", edit)),
+        pytest.raises(PatchError, match=r"within cut 0 at self\.0 z") as caught,
+    ):
+        logits(llama, FAMILIES["llama"].inputs())
+    check_message(str(caught.value))
+
+
 def test_a_long_value_is_not_printed_whole() -> None:
     with pytest.raises(SpecError, match=r"found \[1.0, 1.0.*\.\.\. \(20,485 characters\); expected a number") as caught:
         Edit("z", "add", value=[1.0] * 4096 + ["a"])

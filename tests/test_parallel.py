@@ -107,6 +107,8 @@ def test_what_processes_would_have_to_add_up_is_refused(found: list[dict[str, An
             continue
         assert "found a cut or capture of 'result', which is added up over processes" in cases["result"]
         assert "2 problems" in cases["result"]
+        assert "split over processes: found process 0: Spec([freeze ov to zero (layers 1, heads 0)])" in cases["other cuts"]
+        assert "captures {'self.0': [('z', None)]" in cases["other captures"] and "('q', None)" in cases["other captures"]
         assert "self.0, self.1, whose heads are split over processes" in cases["interference"]
         own = f"(of heads {2 * rank} to {2 * rank + 1} in this process)"
         assert ("z zero (heads 2)" in cases["print"]) == (rank == 1) and own in cases["print"]
