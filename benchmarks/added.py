@@ -51,7 +51,7 @@ def rows(s: Settings) -> Iterator[Row]:
     plain, twin, _ = s.sizes.build(models.gpt2, positions=s.length + 1)
     ids = models.tokens(1, s.length + 1, s.device, s.seed)
     expected = on_cache(plain, ids)()
-    added = f"one token, {s.layers} layers, {s.heads} heads of {s.d_head}: time over unpatched sdpa"
+    added = f"time of one token, {s.layers} layers, {s.heads} heads of {s.d_head}, over unpatched sdpa"
     found: list[Row] = []
     for what, spec in {"patched, no cuts": Spec(), **cuts(s.sizes, twin, ids, 1)}.items():
         with patched(twin, spec):

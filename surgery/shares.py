@@ -143,9 +143,12 @@ class _Exchange(torch.autograd.Function):
 
 
 def _all(tensor: Tensor, share: Share) -> Tensor:
-    from torch.distributed._functional_collectives import all_gather_tensor, wait_tensor
+    from torch.distributed import _functional_collectives as collectives
 
-    return wait_tensor(all_gather_tensor(tensor.contiguous(), 1, share.group))
+    # Its name from torch 2.13 on, where the older one warns.
+    gather: Any = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+    every: Tensor = collectives.wait_tensor(gather(tensor.contiguous(), 1, share.group))
+    return every
 
 
 def _own(tensor: Tensor, share: Share) -> Tensor:

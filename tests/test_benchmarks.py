@@ -95,7 +95,7 @@ def test_steps_of_one_token_are_checked_and_timed(monkeypatch: pytest.MonkeyPatc
 @torch.no_grad()
 def test_what_is_added_is_shared_out() -> None:
     rows = list(added.rows(replace(added.QUICK, rounds=2, heads=4, length=4)))
-    times = [row for row in rows if row["group"].startswith("one token")]
+    times = [row for row in rows if row["group"].startswith("CPU time of one token")]
     shares = {(row["group"].partition(":")[0], row["what"]): row["value"] for row in rows[len(times) :]}
     assert len(times) == 8 and len(shares) == 8 * 5
     for what in (row["what"] for row in times):
