@@ -52,31 +52,44 @@ class Where:
 
 
 class Heads:
-    """A choice of heads along axis 1, taken and put back without index tensors where the heads are neighbours."""
+    """A choice of heads along axis 1: read as a view where they are evenly spaced, as any two are, and by an index otherwise.
+
+    Put back in one piece where they are neighbours; by an index otherwise, which costs less than a slice with steps.
+    """
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self.numbers = tuple(numbers)
-        first, last = (self.numbers[0], self.numbers[-1] + 1) if self.numbers else (0, 0)
-        self.range = (first, last) if self.numbers == tuple(range(first, last)) else None
-        self._index = None if self.range else torch.tensor(self.numbers)
+        self._slice = _evenly(self.numbers)
+        self._is_piece = self._slice is not None and self._slice.step == 1
+        self._index = None if self._is_piece else torch.tensor(self.numbers)
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
-        if self.range is not None:
-            first, last = self.range
-            return x if (first, last) == (0, x.shape[dim]) else x.narrow(dim, first, last - first)
-        return x.index_select(dim, self._on(x.device))
+        if self._slice is None:
+            return x.index_select(dim, self._on(x.device))
+        return x if self._is_all(x.shape[dim]) else x[(slice(None),) * (dim % x.dim()) + (self._slice,)]
 
     def put(self, x: Tensor, new: Tensor, dim: int = 1) -> Tensor:
-        if self.range is not None:
-            first, last = self.range
-            return new if (first, last) == (0, x.shape[dim]) else torch.slice_scatter(x, new, dim, first, last)
-        return x.index_copy(dim, self._on(x.device), new)
+        if self._slice is None or not self._is_piece:
+            return x.index_copy(dim, self._on(x.device), new)
+        if self._is_all(x.shape[dim]):
+            return new
+        return torch.slice_scatter(x, new, dim, self._slice.start, self._slice.stop)
+
+    def _is_all(self, count: int) -> bool:
+        return self._slice == slice(0, count, 1)
 
     def _on(self, device: torch.device) -> Tensor:
         assert self._index is not None
         if self._index.device != device:
             self._index = self._index.to(device)
         return self._index
+
+
+def _evenly(numbers: tuple[int, ...]) -> slice | None:
+    """The slice of numbers that rise by equal steps; None for others."""
+    first, last = (numbers[0], numbers[-1]) if numbers else (0, -1)
+    step = numbers[1] - first if len(numbers) > 1 else 1
+    return slice(first, last + 1, step) if step > 0 and numbers == tuple(range(first, last + 1, step)) else None
 
 
 def positions_of(x: Tensor, offset: Any) -> Tensor:

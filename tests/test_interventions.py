@@ -281,6 +281,20 @@ def test_only_the_chosen_heads_change(numbers: tuple[int, ...]) -> None:
     assert torch.equal(chosen.take(x.transpose(1, 2), 2), x.transpose(1, 2)[:, :, list(numbers)])
 
 
+@given(st.lists(st.integers(0, 5), max_size=6))
+def test_any_heads_are_read_in_the_order_given(numbers: list[int]) -> None:
+    x = torch.randn(2, 6, 3)
+    assert torch.equal(Heads(numbers).take(x), x[:, numbers])
+    assert torch.equal(Heads(numbers).take(x.transpose(1, 2), -1), x[:, numbers].transpose(1, 2))
+
+
+def test_evenly_spaced_heads_are_a_view() -> None:
+    x = torch.randn(2, 6, 3)
+    for numbers in [(4,), (1, 2), (1, 5), (0, 2, 4)]:
+        assert Heads(numbers).take(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert Heads((0, 1, 3)).take(x).untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
 def test_values_by_head_go_to_the_heads_in_the_order_of_their_names() -> None:
     x = torch.zeros(1, 4, 1, 1)
     value = torch.tensor([[1.0], [3.0]])
