@@ -281,6 +281,7 @@ def test_environments_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert commands[0][:4] == [str(python), "-m", "pip", "install"] and "nnsight>=0.8,<1" in commands[0]
     assert f"torch=={torch.__version__.partition('+')[0]}" in commands[0] and len(said) == 1
     assert environments.python_of("nnsight", tmp_path, said.append) == python and len(commands) == len(said) == 1
+    assert environments.python_of("transformer-lens", tmp_path, said.append) and "transformers<5.24" in commands[-1]
     result = subprocess.CompletedProcess([], 1, "", "looking\nERROR: no matching distribution\n")
     with pytest.raises(NotInstalled, match="ERROR: no matching distribution"):
         environments.python_of("pyvene", tmp_path, said.append)

@@ -16,6 +16,8 @@ REQUIREMENTS = {
     "nnsight": "nnsight>=0.8,<1",
     "pyvene": "pyvene>=0.1.8,<1",
 }
+BESIDE = {"transformer-lens": ["transformers<5.24"]}
+"""What must be beside a package: TransformerLens 4.3 does not know the name that a KV cache has since transformers 5.24."""
 FOLDER = Path.home() / ".cache" / "attention-surgery" / "peers"
 STAMP = "installed"
 MINUTES = 20
@@ -50,7 +52,8 @@ def python_of(package: str, folder: Path = FOLDER, say: Callable[[str], None] = 
     """
     place = folder / package
     python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    wanted = ["-e", f"{ROOT}[analysis]", REQUIREMENTS[package], f"torch=={version('torch').partition('+')[0]}"]
+    torch = f"torch=={version('torch').partition('+')[0]}"
+    wanted = ["-e", f"{ROOT}[analysis]", REQUIREMENTS[package], *BESIDE.get(package, ()), torch]
     stamp = place / STAMP
     if stamp.exists() and stamp.read_text(encoding="utf-8") == "\n".join(wanted):
         return python
