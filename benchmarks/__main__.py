@@ -25,7 +25,7 @@ from benchmarks.comparison.worker import WAYS
 
 QUICK = Settings(rounds=2, heavy=1, layers=3, heads=6, kv_heads=2, length=32, steps=8)
 LENGTHS = {"cpu": (128, 1024, 4096), "cuda": (128, 1024, 4096, 16384)}
-ON_A_CPU = {1024: {"layers": 4, "rounds": 6}, 4096: {"layers": 2, "rounds": 4}}
+ON_A_CPU = {1024: {"layers": 4, "rounds": 6}, 4096: {"layers": 1, "rounds": 4}}
 """Longer sequences in fewer layers, which cost alike: a forward of twelve takes ten seconds."""
 
 

@@ -1,8 +1,9 @@
 """README's tables from committed results: `python -m benchmarks.table` rewrites them, `--check` exits 1 where they differ.
 
 So it does with those of benchmarks/README.md. A file has a place for a table between `<!-- benchmark:NAME -->` and
-`<!-- /benchmark:NAME -->`; it shows every results/NAME-*.json. Between `<!-- plan -->` markers comes the plan of a large model
-(`plan.py`). Absolute times are shown only of a GPU: those of a shared CPU mean nothing elsewhere.
+`<!-- /benchmark:NAME -->`; it shows every results/NAME-*.json. Between `<!-- closest:NAME -->` markers each of its groups has
+one row: the measurement that is closest to its target, or furthest beyond. Between `<!-- plan -->` markers comes the plan of a
+large model (`plan.py`). Absolute times are shown only of a GPU: those of a shared CPU mean nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -23,28 +24,39 @@ from benchmarks.results import FOLDER, ROOT, made_by, shown
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 _PLAN = re.compile(r"(<!-- plan -->\n).*?(<!-- /plan -->)", re.DOTALL)
-_PLACE = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark:\2 -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- (benchmark|closest):([\w-]+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
+_OPENING = re.compile(r"<!-- (?:benchmark|closest):")
 
 
 def fill(text: str, folder: Path = FOLDER) -> str:
     """The text with its tables as the results have them. Raises ValueError for text without a place, or without results."""
-    places = [match.group(2) for match in _PLACE.finditer(text)]
-    if not places or len(places) != text.count("<!-- benchmark:"):
-        raise ValueError(
-            f"{len(places)} of {text.count('<!-- benchmark:')} places between <!-- benchmark:NAME --> markers found"
-        )
+    places = [match.group(3) for match in _PLACE.finditer(text)]
+    expected = len(_OPENING.findall(text))
+    if not places or len(places) != expected:
+        raise ValueError(f"{len(places)} of {expected} places between <!-- benchmark:NAME --> markers found")
     for name in places:
         if not _files(folder, name):
             raise ValueError(f"no {name}-*.json in {folder}; {made_by(name)} first")
-    text = _PLACE.sub(lambda match: f"{match[1]}{tables(match[2], folder)}{match[3]}", text)
+    text = _PLACE.sub(lambda match: f"{match[1]}{_KINDS[match[2]](match[3], folder)}{match[4]}", text)
     return _PLAN.sub(lambda match: f"{match[1]}{chr(10).join(plan.lines(folder))}\n{match[2]}", text)
 
 
 def tables(name: str, folder: Path = FOLDER) -> str:
     """The Markdown tables of a benchmark, one for each group of rows, under a line about the machine."""
-    return (
-        "\n".join(line for path in _files(folder, name) for line in _lines(json.loads(path.read_text(encoding="utf-8")))) + "\n"
-    )
+    return "".join(f"{line}\n" for found in _found(folder, name) for line in _lines(found))
+
+
+def closest(name: str, folder: Path = FOLDER) -> str:
+    """One Markdown table of a benchmark with a row for each group that has targets: what is closest to its target."""
+    return "".join(f"{line}\n" for found in _found(folder, name) for line in _closest_lines(found))
+
+
+_KINDS = {"benchmark": tables, "closest": closest}
+
+
+def _found(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    for path in _files(folder, name):
+        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -55,10 +67,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     if "versions" in found:
         yield from (*comparison.markdown(found), "")
         return
-    machine, settings = found["machine"], found["settings"]
-    is_gpu = "gpu" in machine
-    rounds = f"{settings['rounds']} {settings.get('rounds_are', 'interleaved rounds')}"
-    yield f"{sentence(machine)}; seed {settings['seed']}, {rounds}, {machine['date']}.\n"
+    is_gpu = "gpu" in found["machine"]
+    yield _about(found)
     for group, rows in groupby(found["rows"], key=lambda row: row["group"]):
         times = ("time",) if is_gpu else ()
         yield _row(f"{group[0].upper()}{group[1:]}", "median", "quartiles", "target", "met", *times)
@@ -66,6 +76,24 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         for row in rows:
             yield _row(row["what"], *shown(row), *([_milliseconds(row)] if is_gpu else []))
         yield ""
+
+
+def _closest_lines(found: dict[str, Any]) -> Iterator[str]:
+    yield _about(found)
+    yield _row("", "closest to its target, or beyond", "median", "quartiles", "target", "targets met")
+    yield _row("---", "---", *["---:"] * 4)
+    for group, rows in groupby(found["rows"], key=lambda row: row["group"]):
+        if aimed := [row for row in rows if row["target"] is not None]:
+            one = max(aimed, key=lambda row: row["value"] / row["target"])
+            met = f"{sum(row['met'] for row in aimed)} of {len(aimed)}"
+            yield _row(f"{group[0].upper()}{group[1:]}", one["what"], *shown(one)[:3], met)
+    yield ""
+
+
+def _about(found: dict[str, Any]) -> str:
+    machine, settings = found["machine"], found["settings"]
+    rounds = f"{settings['rounds']} {settings.get('rounds_are', 'interleaved rounds')}"
+    return f"{sentence(machine)}; seed {settings['seed']}, {rounds}, {machine['date']}.\n"
 
 
 def _row(*cells: str) -> str:

@@ -123,7 +123,7 @@ def test_compiled_models_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="eager"))
     rows = list(compiled.rows(replace(TOY, layers=1, rounds=1)))
     assert len(rows) == 2 * 7 and {row["target"] for row in rows} == {None, 1.0, 1.02, 1.05, 1.1}
-    graphs = [row for row in rows if row["what"] == "graphs"]
+    graphs = [row for row in rows if row["group"].startswith("graphs")]
     # Unpatched, the twin runs the same graph.
     assert [row["value"] for row in graphs] == [1, 1] and all(row["graphs"] == [(1, 0), *[(1, 1)] * 5] for row in graphs)
     x = torch.ones(3)
@@ -314,6 +314,12 @@ def test_absolute_times_only_of_a_gpu(tmp_path: Path) -> None:
     assert filled.count("NVIDIA H100 (CUDA 13.0); torch") == 1
 
 
+def test_a_row_for_each_group_that_has_targets(tmp_path: Path) -> None:
+    filled = table.fill(PAGE.replace("benchmark:", "closest:"), result(tmp_path))
+    assert "| Forward | cut | 1.250 | 1.200 – 1.300 | ≤ 1.05 | 1 of 2 |\n" in filled
+    assert "no cuts" not in filled and "emory" not in filled and "2 interleaved rounds" in filled
+
+
 def test_check_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, page = result(tmp_path), tmp_path / "page.md"
     page.write_text(PAGE, encoding="utf-8")
@@ -333,6 +339,7 @@ def test_check_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("no places", "0 of 0 places"),
         ("<!-- benchmark:toy -->\nnever closed", "0 of 1 places"),
+        ("<!-- benchmark:toy -->\n<!-- /closest:toy -->", "0 of 1 places"),
         (PAGE.replace("toy", "other"), r"no other-\*\.json in .*; run python -m benchmarks\.other --json"),
     ],
 )

@@ -220,7 +220,8 @@ def test_a_process_of_another_library_that_dies_loses_its_own_numbers_alone(monk
     assert cells(on_a_gpu)["forward", "nnsight"]["ours"] == 3.0
     found["rows"] = [row for row in found["rows"] if row["way"] != Auto.name]
     text = "\n".join(markdown(found))
-    assert "In the process of nnsight, attention-surgery takes: forward 2.00." in text and "nnsight 9 (with torch 0.1)" in text
+    assert "in the process of each of the others" in text and "nnsight |\n| --- | ---: |\n| forward | 2.00 |\n" in text
+    assert "nnsight 9 (with torch 0.1)" in text
 
 
 def test_a_process_that_prints_much_is_read_to_its_end(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _version(name: str, of: Mapping[str, str], here: Mapping[str, Any]) -> str:
 
 
 def markdown(found: Mapping[str, Any]) -> Iterator[str]:
-    """Lines: what and where, the table of times, that of memory, what there is not."""
+    """Lines: what and where, the table of times, that of memory, what there is not, this library beside each of the others."""
     settings = Settings(**found["settings"])
     what = "time" if "gpu" in found["machine"] else "CPU time"
     libraries = ", ".join(_version(name, of, found["machine"]) for name, of in found["versions"].items())
@@ -84,11 +84,6 @@ def markdown(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{where}; seed {settings.seed}, {rounds}, {found['machine']['date']}."
     yield f"{settings.shape}: {what} over unpatched sdpa.\n"
     yield from _table("median (quartiles)", ways_of(found), grid(found))
-    for way in ways_of(found):
-        if beside := [row for row in found["rows"] if row["way"] == way and "value" in row and row.get("ours") is not None]:
-            words = {work.name: work.words for work in WORKS}
-            taken = "; ".join(f"{words[row['work']]} {_number(row['ours'])}" for row in beside)
-            yield f"\nIn the process of {way}, {Auto.name} takes: {taken}."
     memory = grid(found, is_memory=True)
     if memory:
         layers = {row["memory_layers"] for row in found["rows"] if "memory_layers" in row}
@@ -96,6 +91,19 @@ def markdown(found: Mapping[str, Any]) -> Iterator[str]:
         yield from _table("peak memory", ways_of(found), memory)
     yield ""
     yield from (f"* {note}" for note in notes(found))
+    yield from _ours_there(found)
+
+
+def _ours_there(found: Mapping[str, Any]) -> Iterator[str]:
+    """Folded: what this library takes in the processes of the others, beside which their ratios were measured."""
+    ours = {(row["work"], row["way"]): row["ours"] for row in found["rows"] if "value" in row and row.get("ours") is not None}
+    ways = [way for way in ways_of(found) if any(place[1] == way for place in ours)]
+    works = [work for work in WORKS if any(place[0] == work.name for place in ours)]
+    if ours:
+        cells = {place: _number(value) for place, value in ours.items()}
+        yield f"\n<details><summary>{Auto.name} in the process of each of the others</summary>\n"
+        yield from _table("median", ways, [[w.words, *(cells.get((w.name, way), NOT_OFFERED) for way in ways)] for w in works])
+        yield "\n</details>"
 
 
 def _table(title: str, ways: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
