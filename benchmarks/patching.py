@@ -7,6 +7,7 @@ all of that is counted, only importing the package comes before. Hence each meas
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -49,6 +50,7 @@ def measure(layers: int, *, device: str = "cpu", heads: int = 12, d_head: int = 
 
 
 def _seconds(call: Callable[[], Any], device: str) -> float:
+    gc.collect()  # Python's pass over all that torch has made takes longer than patching; whose turn it is, is chance
     synchronize(device)
     start = time.perf_counter()
     call()

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import plan
 from benchmarks.comparison import grid as comparison
 from benchmarks.machine import sentence
-from benchmarks.results import FOLDER, ROOT, made_by, shown
+from benchmarks.results import FOLDER, ROOT, Row, made_by, shown
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 _PLAN = re.compile(r"(<!-- plan -->\n).*?(<!-- /plan -->)", re.DOTALL)
@@ -37,26 +37,17 @@ def fill(text: str, folder: Path = FOLDER) -> str:
     for name in places:
         if not _files(folder, name):
             raise ValueError(f"no {name}-*.json in {folder}; {made_by(name)} first")
-    text = _PLACE.sub(lambda match: f"{match[1]}{_KINDS[match[2]](match[3], folder)}{match[4]}", text)
+    text = _PLACE.sub(lambda match: f"{match[1]}{tables(match[2], match[3], folder)}{match[4]}", text)
     return _PLAN.sub(lambda match: f"{match[1]}{chr(10).join(plan.lines(folder))}\n{match[2]}", text)
 
 
-def tables(name: str, folder: Path = FOLDER) -> str:
-    """The Markdown tables of a benchmark, one for each group of rows, under a line about the machine."""
-    return "".join(f"{line}\n" for found in _found(folder, name) for line in _lines(found))
+def tables(kind: str, name: str, folder: Path = FOLDER) -> str:
+    """The Markdown tables of a benchmark under a line about the machine.
 
-
-def closest(name: str, folder: Path = FOLDER) -> str:
-    """One Markdown table of a benchmark with a row for each group that has targets: what is closest to its target."""
-    return "".join(f"{line}\n" for found in _found(folder, name) for line in _closest_lines(found))
-
-
-_KINDS = {"benchmark": tables, "closest": closest}
-
-
-def _found(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    for path in _files(folder, name):
-        yield json.loads(path.read_text(encoding="utf-8"))
+    kind: "benchmark" (one for each group of rows), or "closest" (one, with a row for each group that has targets).
+    """
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in _files(folder, name))
+    return "".join(f"{line}\n" for one in found for line in _KINDS[kind](one))
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -69,9 +60,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         return
     is_gpu = "gpu" in found["machine"]
     yield _about(found)
-    for group, rows in groupby(found["rows"], key=lambda row: row["group"]):
+    for title, rows in _groups(found):
         times = ("time",) if is_gpu else ()
-        yield _row(f"{group[0].upper()}{group[1:]}", "median", "quartiles", "target", "met", *times)
+        yield _row(title, "median", "quartiles", "target", "met", *times)
         yield _row("---", *["---:"] * (4 + len(times)))
         for row in rows:
             yield _row(row["what"], *shown(row), *([_milliseconds(row)] if is_gpu else []))
@@ -82,12 +73,20 @@ def _closest_lines(found: dict[str, Any]) -> Iterator[str]:
     yield _about(found)
     yield _row("", "closest to its target, or beyond", "median", "quartiles", "target", "targets met")
     yield _row("---", "---", *["---:"] * 4)
-    for group, rows in groupby(found["rows"], key=lambda row: row["group"]):
+    for title, rows in _groups(found):
         if aimed := [row for row in rows if row["target"] is not None]:
             one = max(aimed, key=lambda row: row["value"] / row["target"])
             met = f"{sum(row['met'] for row in aimed)} of {len(aimed)}"
-            yield _row(f"{group[0].upper()}{group[1:]}", one["what"], *shown(one)[:3], met)
+            yield _row(title, one["what"], *shown(one)[:3], met)
     yield ""
+
+
+_KINDS = {"benchmark": _lines, "closest": _closest_lines}
+
+
+def _groups(found: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    for group, rows in groupby(found["rows"], key=lambda row: row["group"]):
+        yield f"{group[0].upper()}{group[1:]}", list(rows)
 
 
 def _about(found: dict[str, Any]) -> str:

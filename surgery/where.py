@@ -60,8 +60,8 @@ class Heads:
     def __init__(self, numbers: Sequence[int]) -> None:
         self.numbers = tuple(numbers)
         self._slice = _evenly(self.numbers)
-        self._is_piece = self._slice is not None and self._slice.step == 1
-        self._index = None if self._is_piece else torch.tensor(self.numbers)
+        is_piece = self._slice is not None and self._slice.step == 1
+        self._index = None if is_piece else torch.tensor(self.numbers)
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         if self._slice is None:
@@ -69,7 +69,7 @@ class Heads:
         return x if self._is_all(x.shape[dim]) else x[(slice(None),) * (dim % x.dim()) + (self._slice,)]
 
     def put(self, x: Tensor, new: Tensor, dim: int = 1) -> Tensor:
-        if self._slice is None or not self._is_piece:
+        if self._slice is None or self._index is not None:
             return x.index_copy(dim, self._on(x.device), new)
         if self._is_all(x.shape[dim]):
             return new
