@@ -36,7 +36,8 @@ class Settings(arguments.Common):
     def shape(self) -> str:
         """In words."""
         family = {"gpt2": "GPT-2", "llama": f"Llama ({self.kv_heads} kv heads)"}[self.family]
-        return f"{family}, {self.layers} layers, {self.heads} heads of {self.d_head}, {self.batch} × {self.length:,} tokens"
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        return f"{family}, {layers}, {self.heads} heads of {self.d_head}, {self.batch} × {self.length:,} tokens"
 
     @property
     def name(self) -> str:
