@@ -3,7 +3,7 @@
 A patched module's class is a subclass (SurgicalAttention, X) of its own class X; only `__class__` changes, so parameters,
 names, state dict and isinstance stay. Its forward runs X's own forward on a *view*: an object of another subclass of X that
 shares the module's attributes (the very same __dict__), but sees a config that names our implementation, and taps in place
-of the projections that are cut. So the family's code runs as written and arrives at `surgery.core.Surgery.attend`.
+of the projections that are cut. So the family's code runs as written and arrives at `surgery.core.Core.attend`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from surgery.configs import config_view
-from surgery.core import Surgery
 from surgery.errors import SurgeryError, describe
 from surgery.inline import Inline
+from surgery.own_code import Surgery
 from surgery.paged import beginning
 from surgery.reconstruction import Reconstruction
 from surgery.sites import SITES

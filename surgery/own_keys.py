@@ -27,7 +27,7 @@ _SITES = ("rot_k", "v")
 
 
 class Host(Protocol):
-    """What this file needs of a patched module's state (`surgery.core.Surgery`)."""
+    """What this file needs of a patched module's state (`surgery.core.Core`)."""
 
     module: Any
     ungrouped: Any

@@ -10,8 +10,8 @@ from torch import nn
 
 from surgery.anatomy import Attention
 from surgery.classes import Owned, SurgicalAttention, SurgicalOwner, attach, attach_owner, attention_class, owner_class
-from surgery.core import Surgery
 from surgery.errors import PatchError, describe, listing
+from surgery.own_code import Surgery
 from surgery.plan import Plan, Session
 from surgery.running import forget_pages
 from surgery.shares import Share

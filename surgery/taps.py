@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from surgery.where import Heads
 
 if TYPE_CHECKING:
-    from surgery.core import Surgery
+    from surgery.own_code import Surgery
 
 
 Replay = Callable[[], AbstractContextManager[None]]

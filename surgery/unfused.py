@@ -27,7 +27,7 @@ BLOCK_ENTRIES = {"cpu": 1 << 19, "other": 1 << 24}
 
 
 class Host(Protocol):
-    """What this file needs of a patched module's state (`surgery.core.Surgery`)."""
+    """What this file needs of a patched module's state (`surgery.core.Core`)."""
 
     plan: Plan
     now: Any

@@ -31,7 +31,7 @@ ORDER = [
     "surgery.reconstruction", "surgery.trace", "surgery.rewrite", "surgery.samples", "surgery.verify", "surgery.masks",
     "surgery.cache",                                                                                      # a model
     "surgery.running", "surgery.plan", "surgery.shares", "surgery.forward", "surgery.unfused", "surgery.own_keys",
-    "surgery.paged", "surgery.core", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.swap",
+    "surgery.paged", "surgery.core", "surgery.own_code", "surgery.taps", "surgery.classes", "surgery.lower", "surgery.swap",
     "surgery.patch",                                                                                      # its surgery
     "surgery.captures", "surgery.collect", "surgery.terminal", "surgery.inspection", "surgery.selftest",   # seeing
     "surgery.factored", "surgery.linear", "surgery.behind", "surgery.heads", "surgery.weights",           # its weights

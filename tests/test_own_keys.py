@@ -14,7 +14,7 @@ from torch import Tensor
 
 import surgery.own_keys
 from surgery import Edit, Freeze, Spec, capture, find_anatomy, patch_model
-from surgery.core import Surgery
+from surgery.own_code import Surgery
 from surgery.own_keys import OwnKeys, own_keys, reads_apart, with_own_keys
 from surgery.plan import Plan, Probe
 from surgery.unfused import Call

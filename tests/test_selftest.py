@@ -25,8 +25,8 @@ from surgery import (
     self_test,
     unpatch_model,
 )
-from surgery.core import Surgery
 from surgery.interventions import Operation
+from surgery.own_code import Surgery
 from surgery.patch import session_of
 from surgery.reconstruction import Reconstruction
 from surgery.selftest import dummy_inputs
