@@ -208,6 +208,8 @@ class Core:
         In the module's own kernel, unless the attention matrix of some heads is needed: then these heads alone are
         computed by the reconstruction, all of them where the module computes its matrix anyway.
         """
+        if (query.shape[1], key.shape[1]) != (self.heads, self.heads // self.core_groups):
+            raise self.of_other_heads(f"{query.shape[1]} heads on {key.shape[1]}")
         if implementation is None or self.plan.reconstruct:
             implementation = self.implementation
         if self.now.is_paged and reads_keys(self.plan):
@@ -236,6 +238,17 @@ class Core:
             call = Call(implementation, query, key, value, attention_mask, kwargs, groups)
             output = with_matrix(self, output, call)
         return self.at("z", output.transpose(1, 2)).transpose(1, 2), weights
+
+    def of_other_heads(self, found: str) -> SurgeryError:
+        """Why numbers of heads no longer mean what they did."""
+        return SurgeryError(
+            describe(
+                f"{self.path!r}",
+                found,
+                f"{self.heads} heads on {self.heads // self.core_groups}, as when the model was patched",
+                "Split heads over processes (tensor parallel) and replace projections first, and patch the model then.",
+            )
+        )
 
     def check_paged(self) -> None:
         """Raises CacheError for a plan that cannot act in continuous batching."""
@@ -303,10 +316,10 @@ class Core:
         groups = self.heads // tensor.shape[1] if held is None else 1
         if heads is not None:
             return tensor[:, [head // groups if held is None else list(held).index(head) for head in heads]]
-        if site not in ("k", "v"):
-            return tensor.repeat_interleave(groups, 1) if groups > 1 else tensor
-        # After cuts, the heads of a group may differ.
-        return tensor if self.plan.of(site) else tensor[:, :: tensor.shape[1] // self.kv_heads]
+        if site == "k" or (site == "v" and site not in self.plan.operations):
+            return tensor[:, :: tensor.shape[1] // self.kv_heads]
+        # After cuts at v, the heads of a group may differ.
+        return tensor.repeat_interleave(groups, 1) if groups > 1 else tensor
 
     def _all_heads(self, call: Call, done: Collection[str]) -> tuple[Tensor, Any]:
         """Everything by the reconstruction, every point in its place."""

@@ -8,6 +8,7 @@ apart.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -66,10 +67,10 @@ def _mixes(operation: Operation) -> str:
 
 @contextmanager
 def beginning(module: nn.Module) -> Iterator[bool]:
-    """Whether this thread is making a manager of continuous batching; if the block raises, the manager has changed nothing.
+    """Whether this thread is making a manager of continuous batching; if the block raises, what it has changed is put back.
 
     module: the one that it is putting into evaluation mode, which it does right after it has changed the attention
-    implementation.
+    implementation. Modules before this one are in evaluation mode already and get this one's mode: their own is not known.
     """
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code is not ContinuousBatchingManager.__init__.__code__:
@@ -81,8 +82,8 @@ def beginning(module: nn.Module) -> Iterator[bool]:
             manager, model = (frame.f_locals[name] for name in ("self", "model"))
             if manager._original_attn_impl is not None:
                 model.set_attn_implementation(manager._original_attn_impl)
-            for part in model.modules():
-                part.training = part.training or module.training
+            for part in itertools.takewhile(lambda part: part is not module, model.modules()):
+                part.training = module.training
         raise
 
 

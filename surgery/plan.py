@@ -180,10 +180,10 @@ def outermost_call() -> Any:
 
 
 def model_call() -> Any:
-    """The same of the innermost model of transformers; of the outermost module if there is none."""
+    """The same of the innermost model of transformers; None if there is none: another module may make many steps in a call."""
     models = (frame for frame in _calls() if isinstance(frame.f_locals["self"], PreTrainedModel))
     found = next(models, None)
-    return outermost_call() if found is None else _mark_of(found)
+    return None if found is None else _mark_of(found)
 
 
 def _calls() -> Iterator[types.FrameType]:

@@ -78,8 +78,9 @@ class Share:
         operations: dict[str, list[Operation]] = {}
         for site, some in plan.operations.items():
             own = self.of(whole.kv_heads if site == "k" else whole.heads)
-            if held := [local for operation in some if (local := self._operation(operation, own)) is not None]:
-                operations[site] = held
+            held = [local for operation in some if (local := self._operation(operation, own)) is not None]
+            if held or site in plan.probes:
+                operations[site] = held  # [] has what is captured in the form in which the others have it
         heads = len(self.of(whole.heads))
         probes = {site: [self._probe(probe, heads) for probe in some] for site, some in plan.probes.items()}
         return Plan(operations, probes, plan.reconstruct)

@@ -62,6 +62,8 @@ class Tap:
     def _rows(self, site: str, output: Tensor, channels: Tensor) -> Tensor:
         """q or k: the projection's channels by head, changed where they stand."""
         chosen = self._chosen[site]
+        if not chosen.are_among(output.shape[-1]):
+            raise self.surgery.of_other_heads(f"{output.shape[-1]} channels of {site}, fewer than are cut or captured")
         by_head = chosen.take(output, -1).unflatten(-1, (-1, channels.shape[1]))
         edited = self.surgery.at(site, self._lead(site, by_head, 2).transpose(1, 2), self._held[site])
         if not self.surgery.plan.of(site):

@@ -61,7 +61,12 @@ class Heads:
         self.numbers = tuple(numbers)
         self._slice = _evenly(self.numbers)
         is_piece = self._slice is not None and self._slice.step == 1
-        self._index = None if is_piece else torch.tensor(self.numbers)
+        self._index = None if is_piece else _index(self.numbers)
+        self._there: Tensor | None = None
+
+    def are_among(self, count: int) -> bool:
+        """Whether so many heads include these: a slice that reaches beyond them would take fewer without a word."""
+        return not self.numbers or max(self.numbers) < count
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         if self._slice is None:
@@ -79,10 +84,24 @@ class Heads:
         return self._slice == slice(0, count, 1)
 
     def _on(self, device: torch.device) -> Tensor:
+        """The index on a device, and kept there: but not what is no tensor of its own, or of a block that ends."""
         assert self._index is not None
-        if self._index.device != device:
-            self._index = self._index.to(device)
-        return self._index
+        if self._index.device == device:
+            return self._index
+        if self._there is not None and self._there.device == device:
+            return self._there
+        there = self._index.to(device)
+        if type(there) is Tensor and not there.is_meta and not torch.is_inference_mode_enabled():
+            self._there = there
+        return there
+
+
+def _index(numbers: tuple[int, ...]) -> Tensor:
+    """Not a tensor of inference mode, where this may run: gradients may be asked for later."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return torch.tensor(numbers)
+    with torch.inference_mode(False):
+        return torch.tensor(numbers)
 
 
 def _evenly(numbers: tuple[int, ...]) -> slice | None:

@@ -14,7 +14,7 @@ import torch
 from cached import CACHE
 from families import D_MODEL, FAMILIES, HEADS, LENGTH
 from test_exactness import NO_STATIC_CACHE, by_chunks, cache_error, fresh, generate, new_cache, vectors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, T5Gemma2ForConditionalGeneration
 from zoo.build import make_config
 
@@ -85,6 +85,36 @@ def test_counting_positions_from_the_start_of_each_call_is_noticed(name: str, mo
             assert error < 2e-5, what
         else:
             assert error > 1e-2, what
+
+
+class Stepwise(nn.Module):
+    """Goes through a model's layers token by token, within one call that is not the model's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        inner, cache, found = self.model.model, DynamicCache(config=self.model.config), []
+        for position, token in enumerate(ids.unbind(1)):
+            x, place = inner.embed_tokens(token[:, None]), torch.tensor([[position]])
+            for layer in inner.layers:
+                x = layer(x, position_ids=place, position_embeddings=inner.rotary_emb(x, place), **{CACHE: cache})
+            found.append(self.model.lm_head(inner.norm(x)))
+        return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [Edit("z", "zero", heads=[1], positions=[3, 5]), Edit("rot_k", "noise", heads=[1])])
+def test_steps_within_a_call_of_another_module_are_counted(cut: Edit) -> None:
+    model = fresh("llama")
+    ids = FAMILIES["llama"].inputs(padding=0)["input_ids"]
+    uncut = model(ids).logits
+    patch_model(model, cut)
+    expected = model(ids).logits
+    assert (expected - uncut).abs().max() > 1e-2, "it acts"
+    # Other shapes of products add up in other orders.
+    assert (Stepwise(model)(ids) - expected).abs().max() < 2e-5 * uncut.abs().max()
 
 
 # -- callables that work in place ------------------------------------------------------------------------------------------

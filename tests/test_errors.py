@@ -664,6 +664,25 @@ def test_a_forward_that_something_else_set() -> None:
         del model.model.layers[0].self_attn.forward
 
 
+@pytest.mark.parametrize("site", ["q", "k", "rot_q", "v", "pattern", "z", "result"])
+@pytest.mark.parametrize("head", [0, 3])
+def test_heads_that_became_fewer_after_patching_are_refused(site: str, head: int) -> None:
+    """As where projections are split over processes later: head 0 would be another one there, and head 3 nothing."""
+    cut = Edit(site, "scale", 0.5, heads=[head], gqa="shared" if site == "k" else "isolated")
+    model, inputs = patch_model(FAMILIES["llama"].build(), cut), FAMILIES["llama"].inputs()
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            whole = getattr(layer.self_attn, name)
+            part = whole.weight.chunk(2, dim=1 if name == "o_proj" else 0)[0]
+            half = nn.Linear(*reversed(part.shape), bias=False)
+            half.weight.data = part.data
+            setattr(layer.self_attn, name, half)
+    with pytest.raises(SurgeryError, match="as when the model was patched") as caught:
+        logits(model, inputs)
+    check_message(str(caught.value))
+    assert logits(unpatch_model(model), inputs).isfinite().all(), "the halves alone are a model"
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_class_that_something_else_set(layer: int) -> None:
     """All or nothing: whichever module it is, none of the others is undone."""

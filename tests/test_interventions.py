@@ -295,6 +295,17 @@ def test_evenly_spaced_heads_are_a_view() -> None:
     assert Heads((0, 1, 3)).take(x).untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
+def test_heads_keep_no_index_of_a_block_that_ends() -> None:
+    """Neither a tensor of inference mode, which gradients refuse, nor one without numbers."""
+    x = torch.randn(2, 6, 3, requires_grad=True)
+    with torch.inference_mode():
+        chosen = Heads((0, 1, 3))
+        chosen.take(x)
+    assert chosen.take(x.to("meta")).is_meta
+    chosen.put(x, 2 * chosen.take(x)).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad[:, [0, 1, 3]], torch.full((2, 3, 3), 2.0))
+
+
 def test_values_by_head_go_to_the_heads_in_the_order_of_their_names() -> None:
     x = torch.zeros(1, 4, 1, 1)
     value = torch.tensor([[1.0], [3.0]])

@@ -293,6 +293,11 @@ def test_cuts_that_would_mix_sequences_are_refused_where_they_are_asked_for(foun
         model.init_continuous_batching(greedily(), paging())
     assert model.config._attn_implementation == implementation, "nothing was changed"
     assert all(module.training for module in model.modules())
+    last = model.model.layers[1].eval()
+    with pytest.raises(CacheError, match=found):
+        model.init_continuous_batching(greedily(), paging())
+    asleep = {module for module in model.modules() if not module.training}
+    assert asleep == set(last.modules()), "what the refusal came before is as it was"
     patch_model(model.eval(), PAGED["z"])
     assert tokens_of(generate_batch(model, PROMPTS)) == [generate(model, tokens) for tokens in PROMPTS]
 
