@@ -82,6 +82,7 @@ class Form:
 
 def plain_forms(module: nn.Module) -> Iterator[Form]:
     """Three positions of a sequence, with positional angles in the forms that families take."""
+    yield from _remembered(module)
     for angles in _angles(module, QUERIES):
         yield Form(angles=angles)
     for mask in ("additive", "pairs", "positions"):
@@ -104,10 +105,13 @@ _GOOD: dict[type, Form] = {}
 """The form that a class's forward took last: the next layer takes it, too."""
 
 
+def _remembered(module: nn.Module) -> list[Form]:
+    return [_GOOD[type(module)]] if type(module) in _GOOD else []
+
+
 def inline_forms(module: nn.Module) -> Iterator[Form]:
     """Two sequences: of the lengths, grids and windows that the module's sizes suggest, then with other arguments."""
-    if type(module) in _GOOD:
-        yield _GOOD[type(module)]
+    yield from _remembered(module)
     sizes = list(dict.fromkeys((QUERIES, 64, *_lengths(module))))
     shapes = [(queries, math.isqrt(queries)) for queries in sizes]
     shapes = [(queries, side if side * side == queries else 1) for queries, side in shapes]

@@ -267,13 +267,14 @@ def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
                 yield helper
 
 
-def _all_names(code: types.CodeType) -> set[str]:
+@functools.cache
+def _all_names(code: types.CodeType) -> frozenset[str]:
     """The names that a code uses, in the functions written inside it too, and its matrix products as operators."""
     names = set(code.co_names) | {i.argrepr for i in dis.get_instructions(code) if i.opname == "BINARY_OP"}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names |= _all_names(constant)
-    return names
+    return frozenset(names)
 
 
 def is_projection(module: nn.Module) -> bool:

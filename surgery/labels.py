@@ -7,6 +7,7 @@ first labelled operand; products and sums of two projections lose them, and so d
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -113,7 +114,7 @@ class Labelled(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
-            given = [a for a in _flat((args, kwargs)) if isinstance(a, Labelled)]
+            given = [a for a in (*_flat(args), *_flat(kwargs)) if isinstance(a, Labelled)]
             out = cls._run(func, name, args, kwargs, given)
             fate = _fate(name, kwargs, given)
             # Also of what is changed in place.
@@ -124,7 +125,7 @@ class Labelled(Tensor):
             watcher = next((a.watcher for a in given if a.watcher is not None), None)
             if watcher is not None:
                 # Also what bears no labels must be known to the watcher by what it was made of.
-                out = tree_map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if type(o) is Tensor else o, out)
+                out = _map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if type(o) is Tensor else o, out)
                 for result in _flat(out):
                     if isinstance(result, Labelled):
                         result.watcher = watcher
@@ -141,13 +142,12 @@ class Labelled(Tensor):
             args[0].labels = labels
             return Labelled.make(args[0].as_subclass(Tensor), labels)
         device = given[0].device if given else None
-        plain = tree_map(lambda a: _plain(a, device), (args, kwargs))
-        out = func(*plain[0], **plain[1])
+        plain = functools.partial(_plain, device=device)
+        out = func(*_map(plain, args), **_map(plain, kwargs))
         is_structural = name in _STRUCTURAL and func is not torch.nn.functional.unfold
         is_structural |= name in _CHOOSING and len(given) == 1 and given[0] is args[0]
         if is_structural or (name == "__get__" and isinstance(out, Tensor)):
-            labels = tree_map(_labels, (args, kwargs))
-            return _attach(out, func(*labels[0], **labels[1]))
+            return _attach(out, func(*_map(_labels, args), **_map(_labels, kwargs)))
         if name == "pad":
             sizes = args[1] if len(args) > 1 else kwargs["pad"]
             return Labelled.make(out, torch.nn.functional.pad(given[0].labels, sizes, value=-1))
@@ -157,8 +157,8 @@ class Labelled(Tensor):
             return Labelled.make(out, given[0].labels.reshape(out.shape))
         if not stays_in_place(name):
             # Indices stay what they are: labels are moved by them.
-            return tree_map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if _is_float(o) else o, out)
-        return tree_map(lambda o: _hand_on(o, given, name in _SUMS), out)
+            return _map(lambda o: Labelled.make(o, torch.full(o.shape, -1)) if _is_float(o) else o, out)
+        return _map(lambda o: _hand_on(o, given, name in _SUMS), out)
 
 
 def _fate(name: str, kwargs: dict[str, Any], given: list[Labelled]) -> Fate:
@@ -174,7 +174,24 @@ def _is_float(value: Any) -> bool:
 
 
 def _flat(tree: Any) -> list[Any]:
+    """The leaves of arguments, or of a result. Most hold no containers, and asking torch's pytree for each would take long."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) is tuple and not any(isinstance(part, _CONTAINERS) for part in tree):
+        return list(tree)
     return tree_leaves(tree)
+
+
+def _map(change: Callable[[Any], Any], tree: Any) -> Any:
+    """The same tree of changed leaves."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if type(tree) is tuple and not any(isinstance(part, _CONTAINERS) for part in tree):
+        return tuple(map(change, tree))
+    return tree_map(change, tree) if tree else tree
+
+
+_CONTAINERS = (tuple, list, dict)
 
 
 def _plain(value: Any, device: torch.device | None) -> Any:

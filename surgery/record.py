@@ -51,6 +51,7 @@ def record(module: nn.Module, family: Family, is_cross: bool) -> Recording:
             )
         batch, _, positions, _ = recording.shapes["q"]
         if positions > 1 or batch <= form.batch:
+            remember(module, form)
             return recording
         found = found or recording
     if found is None:
@@ -92,12 +93,14 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
     for mask in ("none", "additive", "pairs", "positions") if form.mask == "nothing" else ("none",):
         other = Recording(None)  # type: ignore[arg-type]
         try:
-            _watched(module, is_cross, replace(form, mask=mask), other, inner)
+            masked = replace(form, mask=mask)
+            if _given(arguments_for(module, None, is_cross, masked)) == recording.core["given"]:
+                continue  # it would be the same run
+            _watched(module, is_cross, masked, other, inner)
         except Exception:  # that kind of mask is not taken
             continue
-        if other.core["given"] != recording.core["given"]:
-            others.append(other.witness)
-            break
+        others.append(other.witness)
+        break
     for site, tensor in (("q", "rot_q"), ("k", "rot_k"), ("v", "v")):
         found = witness.tensors[tensor]
         standard = witness.layouts[tensor].to_standard(found.as_subclass(Tensor))
@@ -114,12 +117,17 @@ def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording
     base = getattr(type(module), "_surgery_base", type(module))
     recording.witness = Witness(base, recording.projections, inner, softmax_of(module))
     arguments = recording.core["arguments"] = arguments_for(module, None, is_cross, form)
-    recording.core["given"] = {name: getattr(value, "shape", value is None) for name, value in arguments.items()}
+    recording.core["given"] = _given(arguments)
     output = run_on_stubs(module, "", recording, None, arguments)
     if not recording.witness.has_core and not _first(output).is_floating_point():
         raise Defeat("a forward that gives indices, not values", is_other=True)
     recording.witness.check()
     return output
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given to a forward: shapes of tensors, and whether anything else is there."""
+    return {name: getattr(value, "shape", value is None) for name, value in arguments.items()}
 
 
 def _furthest(failures: list[tuple[int, Exception]]) -> Exception:

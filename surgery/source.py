@@ -8,6 +8,7 @@ import functools
 import inspect
 import linecache
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,10 +90,17 @@ def _position(node: Any) -> Position:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
 
 
+_POSITIONS: weakref.WeakKeyDictionary[types.CodeType, tuple[int, list[Any]]] = weakref.WeakKeyDictionary()
+"""Where each instruction of a code stands, as long as there is that code, and whose code it is."""
+
+
 def position_of(frame: types.FrameType) -> Position | None:
     """Where a frame stands now."""
-    positions = list(frame.f_code.co_positions())
-    first, last, start, end = positions[frame.f_lasti // 2]
+    code = frame.f_code
+    found = _POSITIONS.get(code)
+    if found is None or found[0] != id(code):  # equal codes may stand in different places
+        _POSITIONS[code] = found = id(code), list(code.co_positions())
+    first, last, start, end = found[1][frame.f_lasti // 2]
     if first is None or last is None or start is None or end is None:
         return None
     return first, start, last, end
@@ -121,6 +129,7 @@ def operand(function: types.FunctionType, node: ast.expr, number: int, is_direct
     raise OSError(f"operand {number} is not written out in {ast.unparse(node)}")
 
 
+@functools.cache
 def n_returned(function: Any) -> int | None:
     """How many values a function gives as a tuple that each of its returns writes out; None if it does not, or is not known."""
     try:

@@ -90,7 +90,7 @@ def locate(
     places: list[tuple[Place, bool]] = []
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "_run" and code.co_filename.endswith("surgery/record.py"):
+        if code.co_name == "run_on_stubs" and code.co_filename.replace("\\", "/").endswith("surgery/stubs.py"):
             break
         function = methods.get(code) or inner.get(code)
         is_method = function is not None and function in names
