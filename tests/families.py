@@ -295,7 +295,6 @@ FAMILIES: dict[str, TinyFamily] = {
 
 FAMILIES_ALL = list(FAMILIES)
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
-SDPA = [name for name, family in FAMILIES.items() if family.sdpa]
 
 
 def model_class(model: nn.Module) -> str:

@@ -104,7 +104,7 @@ def test_analyses_of_a_model_that_is_partly_away(name: str, work: str, tmp_path:
     expected, found = (WORK[work](one) for one in (plain, model))
     expected, found = (one if isinstance(one, list) else [one] for one in (expected, found))
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found, expected, strict=True))
-    assert all(np.isfinite(one.astype(float)).any() for one in expected) and is_away(last(model))
+    assert all(np.isfinite(one.astype(float)).any() for one in expected) and is_away(last(model, name))
 
 
 # -- cuts whose tensors are elsewhere -----------------------------------------------------------------------------------

@@ -133,12 +133,12 @@ def test_what_is_no_common_work_is_refused(several: list[dict[str, Any]]) -> Non
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three processes of which the second died twice: when it had collected a batch, and when it had cut heads."""
+    """A folder of two processes of which the second died twice: when it had collected a batch, and when it had cut heads."""
     folder = tmp_path_factory.mktemp("killed")
-    run(folder, 3, "1:99:1")
+    run(folder, 2, "1:99:1")
     assert 1 <= len(list((folder / "gradients").glob("*.safetensors"))) < BATCHES
     assert not (folder / "study.jsonl").exists()
-    run(folder, 3, "1:7:99")
+    run(folder, 2, "1:7:99")
     parts = sorted(path.name for path in folder.glob("study.jsonl.part*"))
     assert "study.jsonl.part1" in parts and not list(folder.glob("*.pkl"))
     part = folder / "study.jsonl.part1"

@@ -129,10 +129,16 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return load
 
 
+PATHS: dict[type, dict[str, str]] = {}
+"""By the class of the model."""
+
+
 def projections(model: Any) -> dict[str, Any]:
     """By the site that they make, or o; of the first layer."""
-    attention = find_anatomy(model).attentions[0]
-    return {site: model.get_submodule(place.path) for site, place in attention.projections.items()}
+    if (own := type(model)) not in PATHS:
+        attention = find_anatomy(model).attentions[0]
+        PATHS[own] = {site: place.path for site, place in attention.projections.items()}
+    return {site: model.get_submodule(path) for site, path in PATHS[own].items()}
 
 
 def inputs(name: str) -> dict[str, Tensor]:
