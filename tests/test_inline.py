@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from remote import styles
 from remote.styles import D_MODEL, FUSED, HEADS, REACH, WIDTH, WRITTEN_OUT
 from torch import Tensor, nn
+from transformers import SamConfig, SamModel
 
+import surgery.record
 from surgery import (
     Edit,
     Freeze,
@@ -242,6 +244,42 @@ def test_every_point_is_reached_with_a_mask_and_without() -> None:
             assert not torch.equal(call(model, x, mask), call(build(styles.Branches), x, mask))
     code = model["layer"].reconstruction.code
     assert all(code.count(f"spot('{site}', ") == 2 for site in CORE_SITES)
+
+
+class Unmasked(styles.Attention):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query, key, value = self.qkv_by_head(hidden_states)
+        return self.merge(torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that were run on stubs."""
+    found: list[nn.Module] = []
+    own = surgery.record.run_on_stubs
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found.append(module)
+        return own(module, *args, **kwargs)
+
+    monkeypatch.setattr(surgery.record, "run_on_stubs", counted)
+    return found
+
+
+def test_the_recorded_run_is_of_the_class_alone_and_not_repeated(runs: list[nn.Module]) -> None:
+    """What has a module recorded (this test, say) is none of its code; a mask that it does not take is no other run."""
+    _, [witness] = surgery.record.watch(build(Unmasked)["layer"], False)
+    assert len(runs) == 1
+    names = {place.function.__name__ for step in witness.order_of_steps for place in step.places}
+    assert names == {"forward", "qkv_by_head", "by_head", "merge"}
+
+
+def test_the_next_layer_is_run_as_the_one_before(runs: list[nn.Module]) -> None:
+    """Guesses at what a forward takes are made once for each class."""
+    config = SamConfig(vision_config={"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32})
+    first, *others = find_anatomy(SamModel(config).vision_encoder).attentions
+    assert len(others) == 2 and all(runs.count(attention.module) == 1 for attention in others)
+    assert runs.count(first.module) > 1, "the first guess is another"
 
 
 @pytest.mark.parametrize("style", [styles.Relative, styles.UnboundRelative], ids=lambda s: s.__name__)
