@@ -63,10 +63,11 @@ class Heads:
         is_piece = self._slice is not None and self._slice.step == 1
         self._index = None if is_piece else _index(self.numbers)
         self._there: Tensor | None = None
+        self._last = max(self.numbers, default=-1)
 
     def are_among(self, count: int) -> bool:
         """Whether so many heads include these: a slice that reaches beyond them would take fewer without a word."""
-        return not self.numbers or max(self.numbers) < count
+        return self._last < count
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         if self._slice is None:
