@@ -33,17 +33,21 @@ class Core:
     def __init__(self, attention: Attention, session: Session) -> None:
         self.session = session
         self.address, self.path, self.is_cross = attention.address, attention.path, attention.kind == "cross"
-        self.heads, self.kv_heads, self.core_groups = attention.heads, attention.kv_heads, attention.core_groups
-        self.sample = (
-            {name: attention.recording.shapes[name] for name in "qkv"},
-            plain(attention.recording.core.get("kwargs", {})),
-        )
+        self.set_heads(attention)
         self.layer = attention.layer
         self.share: Share | None = None
         self.query_axis = 0 if "q" in attention.projections and attention.projections["q"].batch_axes == 0 else 1
         self.family: Family = attention.family
         self.taps: dict[str, Any] = {}
         self.set_plan(Plan())
+
+    def set_heads(self, attention: Attention) -> None:
+        """How many heads there are here, which is less when they were split over processes since."""
+        self.heads, self.kv_heads, self.core_groups = attention.heads, attention.kv_heads, attention.core_groups
+        self.sample = (
+            {name: attention.recording.shapes[name] for name in "qkv"},
+            plain(attention.recording.core.get("kwargs", {})),
+        )
 
     def set_plan(self, plan: Plan, taps: Mapping[str, Any] | None = None) -> None:
         """Gives the module its cuts. taps: by attribute name of the projections that the module itself calls."""
@@ -246,7 +250,7 @@ class Core:
                 f"{self.path!r}",
                 found,
                 f"{self.heads} heads on {self.heads // self.core_groups}, as when the model was patched",
-                "Split heads over processes (tensor parallel) and replace projections first, and patch the model then.",
+                "Call unpatch_model, then patch_model: split heads over processes, and replace projections, before patching.",
             )
         )
 

@@ -34,6 +34,8 @@ def swap(model: nn.Module, attention: Attention, plan: Plan, session: Session, s
     surgery: Surgery = module._surgery
     surgery.session, surgery.address, surgery.path = session, attention.address, attention.path
     surgery.share = share
+    if (surgery.heads, surgery.kv_heads) != (attention.heads, attention.kv_heads):
+        surgery.set_heads(attention)
     own: dict[str, Tap] = {}
     for site in (s for s in PROJECTION_SITES if s in plan.sites):
         place = attention.projections[PROJECTION_SITES[site]]

@@ -19,7 +19,9 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
 from surgery import (
@@ -135,6 +137,10 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
                 gradient, expected_gradient = parameter.grad, whole.get_parameter(path).grad
                 assert gradient is not None and expected_gradient is not None
                 found[f"gradient of {path}, {what}"] = gap(gradient.full_tensor(), expected_gradient)
+    if name == "llama":
+        found["heads that are split after patching"] = gap(
+            *(m(IDS).logits for m in split_late(spec=Freeze("both", [0, 1], [3])))
+        )
     slopes, values = [], find_anatomy(whole)[0].projections["v"]
     for model in (whole, split):
         with capture(model, ["z"], layers=[0, 1]) as run:
@@ -169,6 +175,16 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         found |= {"studies": studied(whole, split, folder)}
     found["undone"] = classes == [type(module) for module in split.modules()]
     return found
+
+
+def split_late(spec: Any) -> list[Any]:
+    """A model whose heads are split when it is patched already, and one that keeps them, both under cuts that come then."""
+    late, whole = (patch_model(FAMILIES["llama"].build()) for _ in range(2))
+    columns = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in late.model.layers:
+        parallelize_module(layer.self_attn, mesh, {**columns, "o_proj": RowwiseParallel()})
+    return [patch_model(model, spec) for model in (late, whole)]
 
 
 def other_cuts(split: Any) -> None:

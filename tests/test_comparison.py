@@ -28,6 +28,8 @@ from benchmarks.comparison.way import NotOffered, Way, frozen
 from surgery.cli import app
 from surgery.unfused import BLOCK_ENTRIES
 
+pytestmark = pytest.mark.usefixtures("uncollected")
+
 TOY = Settings(rounds=2, heavy=1, layers=2, heads=4, kv_heads=2, d_head=16, vocabulary=64, length=12, prompt=4, steps=6)
 HOME = [Eager.name, Hooked.name, ours.Reconstructed.name]
 
@@ -291,12 +293,19 @@ def test_environments_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         environments.here("no-such-package")
 
 
-def test_pictures_say_what_they_were_drawn_from(found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def grown() -> list[dict[str, Any]]:
+    return list(growth.measure(SMALL))
+
+
+def test_pictures_say_what_they_were_drawn_from(
+    found: dict[str, Any], grown: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for length in (12, 24):
         settings = asdict(replace(TOY, length=length))
         content = {**found, "machine": {"gpu": "a"} if length == 24 else {}, "settings": settings}
         results.save(tmp_path / f"compare-gpt2-{length}-cpu.json", content)
-    results.save(tmp_path / "growth-cpu.json", {"rows": list(growth.measure(SMALL))})
+    results.save(tmp_path / "growth-cpu.json", {"rows": grown})
     written = pictures.draw(tmp_path, tmp_path / "pictures")
     names = ["compare-gpt2-12-cpu", "compare-gpt2-24-cpu", "memory-gpt2-cpu", "growth-cpu"]
     assert [path.stem for path in written] == names and not pictures.stale(tmp_path, tmp_path / "pictures")
@@ -341,6 +350,13 @@ def test_pages_and_pictures_are_those_of_the_committed_results() -> None:
     compared = list(results.FOLDER.glob("compare-*.json"))
     assert bool(compared) <= bool(list(pictures._wanted(results.FOLDER, results.FOLDER / "pictures")))
     assert not pictures.stale(results.FOLDER, results.FOLDER / "pictures"), "run python -m benchmarks.pictures"
+
+
+def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.commands.bench.find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["bench", "--help"])
+    assert done.exit_code == 1 and "found no pandas and no matplotlib; expected" in done.stderr
+    assert 'pip install -e ".[analysis]"' in done.stderr
 
 
 def test_the_command_runs_the_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Mapping
@@ -241,7 +242,8 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> tuple[float, floa
 
 
 def in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"[:160]
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    return textwrap.shorten(text, 160, placeholder=" ...")
 
 
 def main() -> None:

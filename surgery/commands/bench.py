@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -24,6 +25,11 @@ def bench(context: typer.Context) -> None:
         if not (root / "benchmarks" / "__main__.py").exists():
             do = "Clone the repository, `pip install -e .` there, and try again."
             raise SurgeryError(describe("surgery bench", f"no benchmarks in {root}", "a checkout of the repository", do))
+        if missing := [name for name in ("pandas", "matplotlib") if find_spec(name) is None]:
+            do = '`pip install -e ".[analysis]"` in the checkout.'
+            raise SurgeryError(
+                describe("surgery bench", f"no {' and no '.join(missing)}", "what its tables and pictures need", do)
+            )
         paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", "benchmarks", *context.args]
         raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode)
