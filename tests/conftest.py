@@ -32,6 +32,14 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(scope="module")
+def uncollected() -> Iterator[None]:
+    """Timing collects no garbage, of which a process that has run hundreds of tests has much to look through."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.timing.gc.collect", lambda: 0)
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # By default a file's tests stay in one process; hundreds of types in one file need all of them.

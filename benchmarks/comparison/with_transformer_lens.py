@@ -19,6 +19,7 @@ SITES = ("q", "k", "v", "pattern", "z")
 class TransformerLens(Way):
     name, key = "TransformerLens", "transformer-lens"
     package: ClassVar[str | None] = "transformer-lens"
+    remark: ClassVar[str | None] = "computes attention as eager models do in all work: compare with unpatched eager"
     whole_layers = 1
 
     def __init__(self, task: Task) -> None:
