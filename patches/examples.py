@@ -138,12 +138,10 @@ def distances_in_a_block(module: Any, states: Tensor) -> dict[str, Any]:
     return {"position_embeddings": torch.zeros(size, size, dtype=torch.long, device=states.device)}
 
 
-@register_example(*_models("inkling2.Inkling2FullAttention"))
-def positions(module: Any, states: Tensor) -> dict[str, Any]:
-    return {"position_ids": torch.arange(states.shape[1], device=states.device)[None]}
-
-
-@register_example(*_models("inkling2_loop.Inkling2LoopSlidingAttention", "inkling2_loop.Inkling2LoopFullAttention"))
+@register_example(
+    *_models("inkling2.Inkling2SlidingAttention", "inkling2.Inkling2FullAttention"),
+    *_models("inkling2_loop.Inkling2LoopSlidingAttention", "inkling2_loop.Inkling2LoopFullAttention"),
+)
 def positions_and_distances(module: Any, states: Tensor) -> dict[str, Any]:
     places = torch.arange(states.shape[1], device=states.device)
     return {
@@ -155,7 +153,8 @@ def positions_and_distances(module: Any, states: Tensor) -> dict[str, Any]:
 
 
 @register_example(
-    *_models("inkling2_loop.Inkling2LoopBlockAttentionResidual", "inkling2_loop.Inkling2LoopMessageAttentionResidual"),
+    *_models("inkling2.Inkling2BlockAttentionResidual", "inkling2_loop.Inkling2LoopBlockAttentionResidual"),
+    *_models("inkling2_loop.Inkling2LoopMessageAttentionResidual"),
 )
 def sums_of_layers(module: Any, states: Tensor) -> dict[str, Any]:
     """Each position looks back at what blocks of layers gave there: no heads, and seen to be none."""
