@@ -8,6 +8,7 @@ import venv
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from zlib import crc32
 
 from benchmarks.results import ROOT
 
@@ -18,7 +19,8 @@ REQUIREMENTS = {
 }
 BESIDE = {"transformer-lens": ["transformers<5.24"]}
 """What must be beside a package: TransformerLens 4.3 does not know the name that a KV cache has since transformers 5.24."""
-FOLDER = Path.home() / ".cache" / "attention-surgery" / "peers"
+FOLDER = Path.home() / ".cache" / "attention-surgery" / "peers" / f"{ROOT.name}-{crc32(str(ROOT).encode()):08x}"
+"""One for each checkout, which its environments have installed."""
 STAMP = "installed"
 MINUTES = 20
 
