@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from surgery.commands.shared import Debug, Json, messages, say, write_json
 
@@ -40,7 +40,8 @@ def families(
         if as_json:
             write_json({"versions": found["versions"], "types": rows})
             return
-        table = Table("model type", "status", "attention class", "reconstruction from", "sites not there")
+        whole = Column("attention class", no_wrap=True)  # a name to be copied
+        table = Table("model type", "status", whole, "reconstruction from", "sites not there")
         for column in table.columns:
             column.overflow = "fold"
         for row in rows:
