@@ -177,21 +177,20 @@ def _flat(tree: Any) -> list[Any]:
     """The leaves of arguments, or of a result. Most hold no containers, and asking torch's pytree for each would take long."""
     if isinstance(tree, Tensor):
         return [tree]
-    if type(tree) is tuple and not any(isinstance(part, _CONTAINERS) for part in tree):
-        return list(tree)
-    return tree_leaves(tree)
+    return list(tree) if _holds_leaves(tree) else tree_leaves(tree)
 
 
 def _map(change: Callable[[Any], Any], tree: Any) -> Any:
     """The same tree of changed leaves."""
     if isinstance(tree, Tensor):
         return change(tree)
-    if type(tree) is tuple and not any(isinstance(part, _CONTAINERS) for part in tree):
+    if _holds_leaves(tree):
         return tuple(map(change, tree))
     return tree_map(change, tree) if tree else tree
 
 
-_CONTAINERS = (tuple, list, dict)
+def _holds_leaves(tree: Any) -> bool:
+    return type(tree) is tuple and not any(isinstance(part, tuple | list | dict) for part in tree)
 
 
 def _plain(value: Any, device: torch.device | None) -> Any:

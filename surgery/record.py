@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from surgery.arguments import Form, arguments_for, inline_forms, plain_forms, remember, type_of
+from surgery.arguments import arguments_for, inline_forms, plain_forms, remember, type_of
 from surgery.family import Family, softmax_of
 from surgery.labels import Labelled
 from surgery.steps import Defeat
@@ -80,7 +80,7 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
     for form in inline_forms(module):
         recording = Recording(None, form=form)  # type: ignore[arg-type]
         try:
-            output = _watched(module, is_cross, form, recording, inner)
+            output = _watched(module, arguments_for(module, None, is_cross, form), recording, inner)
             remember(module, form)
             break
         except Exception as error:  # of whatever kind a foreign forward raises for arguments that it does not take
@@ -89,14 +89,14 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
                 raise
     else:
         raise _furthest(failures)
-    witness, others = recording.witness, []
+    witness, others, given = recording.witness, [], _given(recording.core["arguments"])
     for mask in ("none", "additive", "pairs", "positions") if form.mask == "nothing" else ("none",):
         other = Recording(None)  # type: ignore[arg-type]
         try:
-            masked = replace(form, mask=mask)
-            if _given(arguments_for(module, None, is_cross, masked)) == recording.core["given"]:
+            arguments = arguments_for(module, None, is_cross, replace(form, mask=mask))
+            if _given(arguments) == given:
                 continue  # it would be the same run
-            _watched(module, is_cross, masked, other, inner)
+            _watched(module, arguments, other, inner)
         except Exception:  # that kind of mask is not taken
             continue
         others.append(other.witness)
@@ -112,12 +112,11 @@ def watch(module: nn.Module, is_cross: bool, inner: Collection[type] = ()) -> tu
     return recording, [witness, *others]
 
 
-def _watched(module: nn.Module, is_cross: bool, form: Form, recording: Recording, inner: Collection[type]) -> Any:
+def _watched(module: nn.Module, arguments: Mapping[str, Any], recording: Recording, inner: Collection[type]) -> Any:
     """One run before a witness, which must have seen the core whole."""
     base = getattr(type(module), "_surgery_base", type(module))
     recording.witness = Witness(base, recording.projections, inner, softmax_of(module))
-    arguments = recording.core["arguments"] = arguments_for(module, None, is_cross, form)
-    recording.core["given"] = _given(arguments)
+    recording.core["arguments"] = arguments
     output = run_on_stubs(module, "", recording, None, arguments)
     if not recording.witness.has_core and not _first(output).is_floating_point():
         raise Defeat("a forward that gives indices, not values", is_other=True)
